@@ -1,0 +1,534 @@
+"""Stage 3 of the method, and the main job of all three stages: python -m minialign.finetune
+
+Draws images with a pre-trained model, has a part of them labelled, learns a reward from the labels, fine-tunes the
+UNet by reward-weighted likelihood plus a pre-training term (Lee et al. 2023, section 4.3; loss.py), and judges the
+result on fresh noise. With no argument it runs on the embedded world and needs no network; --model and --feedback
+take the place of its pieces. Every finished stage is kept: the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from . import evaluate
+from .command import Parser, in_range, run_command
+from .feedback import FeedbackStore
+from .generate import draw, draw_to_folder
+from .loss import reward_weighted_loss
+from .models.clip import CLIP
+from .models.pretrained import InputError
+from .pipeline import Pipeline
+from .reward import RewardModel, area_under_curve, calibration, embed_images, embed_texts, train_reward
+from .shapes.task import shapes_task
+from .task import Task, own_task
+from .training import (
+    atomic,
+    generator,
+    learning_rate,
+    load_checkpoint,
+    progress,
+    read_tensors,
+    save_checkpoint,
+    write_json,
+    write_tensors,
+)
+
+EMBEDDED_DEFAULTS: dict[str, Any] = {  # chosen on other seeds than the tested ones, see docs/results.md
+    "steps": 400,
+    "beta": 0.1,
+    "batch_size": 64,
+    "learning_rate": 3e-4,
+    "sampling_steps": 10,
+    "guidance": 2.0,
+    "images": 1536,
+    "labels": 768,
+    "test_images": 480,
+    "pretrain_images": 512,
+    "hidden": 512,
+    "temperature": 0.5,
+    "out": "runs/shapes",
+}
+OWN_DEFAULTS: dict[str, Any] = {  # the paper's learning rate, beta and reward; one GPU's batch
+    "steps": 2000,
+    "beta": 1.0,
+    "batch_size": 8,
+    "learning_rate": 1e-5,
+    "sampling_steps": 30,
+    "guidance": 7.5,
+    "test_images": 64,
+    "hidden": 1024,
+    "temperature": 2.0,
+    "out": "runs/own",
+}
+PRETRAIN_SHARE = 0.25  # of a batch's rows; each term is averaged over its own rows, so this changes noise alone
+PROMPT_DROPOUT = 0.1  # of the prompts are left out, so that guidance keeps its unconditional model
+HELD_OUT = 0.2  # of the labelled prompts judge the reward model
+CONTRASTIVE = 7  # prompts of other semantics for each pair, the paper's N - 1
+SAMPLES = 8  # before/after pairs of each group that the report shows
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Images as the UNet sees them: mean and std (N,C,h,w) of their latents, and the row of their prompt's context."""
+
+    mean: Tensor
+    std: Tensor
+    row: Tensor
+
+
+def finetune(
+    unet: nn.Module,
+    schedule: Any,
+    context: Tensor,
+    model_images: Latents,
+    reward: Tensor,
+    pretrain_images: Latents | None,
+    folder: Path,
+    *,
+    steps: int,
+    beta: float,
+    batch_size: int,
+    peak_learning_rate: float,
+    dtype: torch.dtype = torch.float32,
+    checkpoint_every: int = 100,
+    seed: int = 0,
+    log: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> None:
+    """Fine-tune `unet` in place by the reward-weighted loss, resuming from the newest checkpoint in `folder`.
+
+    context (P+1,L,D): the prompts' text context, the last row that of the empty prompt. reward (N,): r of each model
+    image. Model images are drawn in proportion to r and weigh the mean of r, which has the expectation of weighting
+    uniform draws by r and spends no UNet call on images that weigh nothing. Every step depends on (seed, step) alone,
+    so that a resumed run repeats an uninterrupted one bit by bit.
+    """
+    device = context.device
+    optimizer = torch.optim.AdamW(unet.parameters(), peak_learning_rate, weight_decay=1e-2, fused=True)
+    first = load_checkpoint(folder, unet, optimizer)
+    pretrain_rows = round(PRETRAIN_SHARE * batch_size) if beta > 0 and pretrain_images is not None else 0
+    is_pretrain = torch.arange(batch_size, device=device) >= batch_size - pretrain_rows
+    weight = reward.mean().expand(batch_size)
+    unet.train()
+    for step in progress(range(first, steps), "fine-tune", steps, first):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak_learning_rate, warmup=min(20, steps))
+        g = generator(seed, 5, step)
+        chosen = torch.multinomial(reward.cpu(), batch_size - pretrain_rows, replacement=True, generator=g)
+        x0, rows = _sample(model_images, chosen, g)
+        if pretrain_images is not None and pretrain_rows:
+            others = torch.randint(len(pretrain_images.row), (pretrain_rows,), generator=g)
+            more, more_rows = _sample(pretrain_images, others, g)
+            x0, rows = torch.cat([x0, more]), torch.cat([rows, more_rows])
+        rows[torch.rand(batch_size, generator=g).to(device) < PROMPT_DROPOUT] = len(context) - 1
+        noise = torch.randn(x0.shape, generator=g).to(device)
+        t = torch.randint(len(schedule.alphas_cumprod), (batch_size,), generator=g).to(device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            prediction = unet(schedule.add_noise(x0, noise, t), t, context[rows])
+            loss = reward_weighted_loss(prediction, schedule.target(x0, noise, t), weight, is_pretrain, beta)
+        loss.backward()
+        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % 10 == 0 or step + 1 == steps:
+            value = loss.item()
+            if value != value or value == float("inf"):
+                raise InputError(f"step {step + 1}: the loss is {value}; the last good checkpoint is in {folder}")
+            log({"step": step + 1, "loss": value, "learning_rate": optimizer.param_groups[0]["lr"]})
+        if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
+            save_checkpoint(folder, step + 1, unet, optimizer)
+    unet.eval()
+
+
+def _sample(images: Latents, chosen: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """x_0 of chosen images, drawn anew from the VAE's Gaussian, and their prompts' rows."""
+    chosen = chosen.to(images.mean.device)
+    mean = images.mean[chosen]
+    return mean + images.std[chosen] * torch.randn(mean.shape, generator=g).to(mean), images.row[chosen]
+
+
+# ---------------------------------------------------------------------------------------------------- the main job
+class Run:
+    """The folder of a run and the stages it has finished (stages.json: seconds that each took)."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        self.folder, self.settings = folder, settings
+        path = folder / "stages.json"
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    @contextmanager
+    def stage(self, name: str, why: str) -> Iterator[bool]:
+        """Announce a stage; True where its work is still to be done."""
+        if name in self.seconds:
+            print(f"{name}: done before ({self.seconds[name]:.0f} s)", flush=True)
+            yield False
+            return
+        print(f"{name}: {why}", flush=True)
+        begin = time.perf_counter()
+        yield True
+        self.seconds[name] = round(time.perf_counter() - begin, 2)
+        write_json(self.folder / "stages.json", self.seconds)
+
+    def log(self, stage: str) -> Callable[[dict[str, Any]], None]:
+        """Appends rows of a stage to metrics.jsonl."""
+
+        def append(row: dict[str, Any]) -> None:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"stage": stage, **row}) + "\n")
+
+        return append
+
+
+def run(settings: dict[str, Any], task: Task, folder: Path, device: torch.device) -> dict[str, Any]:
+    """All stages, each skipped where it is done; the content of results.json."""
+    pipe = Pipeline.from_pretrained(settings["model"], device=device)
+    clip = CLIP.from_pretrained(settings["clip"], device=device)
+    job = open_run(folder, settings)
+    sampling = {"steps": settings["sampling_steps"], "guidance": settings["guidance"]}
+    store = FeedbackStore(folder)
+    try:
+        with job.stage("generate", _why_generate(task)) as todo:
+            if todo:
+                paths = draw_to_folder(pipe, task.draw, folder / "images", **sampling, title="generate")
+                rows = zip(task.draw, paths)
+                store.add_images((text, str(path.relative_to(folder)), seed) for (text, seed), path in rows)
+                store.add_images((text, str(path), None) for text, path, _ in task.given)
+        images = store.images()
+        pictures = [Image.open(image.path).convert("RGB") for image in images]
+        with job.stage("label", _why_label(task)) as todo:
+            if todo:
+                label(store, task, pictures, settings["seed"])
+        labels = store.labels()
+    finally:
+        store.close()
+    prompts = [image.prompt for image in images]
+    with job.stage("reward", f"an MLP on CLIP features learns {len(labels)} labels and scores all images") as todo:
+        if todo:
+            known = {i: labels[image.id] for i, image in enumerate(images) if image.id in labels}
+            learn_reward(task, clip, pictures, prompts, known, settings, folder, job.log("reward"))
+    reward = RewardModel.from_pretrained(folder / "reward", device=device)
+    with job.stage("finetune", "the UNet learns its own images again, each weighted by its reward") as todo:
+        if todo:
+            finetune_pipeline(pipe, task, pictures, prompts, settings, folder, job.log("finetune"))
+    with job.stage("evaluate", _why_evaluate(task)) as todo:
+        if todo:
+            after = Pipeline.from_pretrained(folder / "model", device=device)
+            before = Pipeline.from_pretrained(settings["model"], device=device)
+            judged = judge_both(before, after, task, clip, reward, sampling, folder)
+            write_json(folder / "evaluation.json", judged)
+    results = json.loads((folder / "evaluation.json").read_text())
+    results["reward"] = json.loads((folder / "reward" / "held_out.json").read_text())
+    results["seconds"] = job.seconds | {"total": round(sum(job.seconds.values()), 2)}
+    results["settings"] = settings
+    results["counts"] = {"images": len(images), "labels": len(labels), "evaluated": len(task.test)}
+    write_json(folder / "results.json", results)
+    return results
+
+
+def _why_generate(task: Task) -> str:
+    if task.draw:
+        return f"the pre-trained model draws {len(task.draw)} images for the prompts of its feedback"
+    return f"{len(task.given)} images that were labelled before are taken in"
+
+
+def _why_label(task: Task) -> str:
+    return f"the {task.judge_name} says good, bad or skip of {task.labels} of them" if task.draw else "as the file says"
+
+
+def _why_evaluate(task: Task) -> str:
+    return (
+        f"before and after draw {len(task.test)} images each from the same new noise, judged by the {task.judge_name}"
+    )
+
+
+def open_run(folder: Path, settings: dict[str, Any]) -> Run:
+    """The run in `folder`, new or gone on with; InputError where it was begun with other settings."""
+    path = folder / "config.json"
+    if path.exists():
+        begun = json.loads(path.read_text())["settings"]
+        for key, value in settings.items():
+            if (was := begun.get(key)) != value:
+                raise InputError(f"{folder} was begun with {key}={was!r}, not {value!r}; use another --out, or --fresh")
+    else:
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"settings": settings, "versions": versions, "threads": torch.get_num_threads()})
+        except OSError as error:
+            raise InputError(f"--out {folder}: cannot be written ({error.strerror})") from error
+    return Run(folder, settings)
+
+
+def label(store: FeedbackStore, task: Task, pictures: Sequence[Image.Image], seed: int) -> None:
+    """Labels from the task's file, or by its judge on a random part of the images."""
+    images = store.images()
+    if task.judge is None:
+        by_path = {image.path: image.id for image in images}
+        store.add_labels("file", [(by_path[path], verdict) for _, path, verdict in task.given])
+        return
+    part = sorted(torch.randperm(len(images), generator=generator(seed, 4))[: task.labels].tolist())
+    verdicts = []
+    for i in progress(part, "label"):
+        verdicts += task.judge([pictures[i]], [images[i].prompt])
+    store.add_labels(task.judge_name, zip([images[i].id for i in part], verdicts))
+
+
+def learn_reward(
+    task: Task,
+    clip: CLIP,
+    pictures: Sequence[Image.Image],
+    prompts: Sequence[str],
+    labels: dict[int, float],
+    settings: dict[str, Any],
+    folder: Path,
+    log: Callable[[dict[str, Any]], None],
+) -> None:
+    """Train the reward model on `labels` (image number -> 0 or 1), measure it on held-out prompts, score all images."""
+    if not any(labels.values()):
+        raise InputError(f"none of the {len(labels)} labels is good: there is nothing to learn from")
+    image, text = embed_images(clip, pictures), embed_texts(clip, prompts)
+    rng = random.Random(settings["seed"])
+    groups = sorted({prompts[i] for i in labels})
+    held_out = set(rng.sample(groups, round(HELD_OUT * len(groups))))
+    train = [i for i in labels if prompts[i] not in held_out]
+    test = [i for i in labels if prompts[i] in held_out]
+    if not any(labels[i] for i in train):  # too few labels to spare any
+        train, test = list(labels), []
+    choices = [task.contrastive(prompts[i], CONTRASTIVE, rng) for i in train]
+    number = min(len(choice) for choice in choices)
+    flat = embed_texts(clip, [text for choice in choices for text in choice[:number]] or [""])
+    contrast = flat[: len(train) * number].reshape(len(train), number, clip.width)
+    config = {"width": clip.width, "hidden": settings["hidden"], "clip": settings["clip"]}
+    label = torch.tensor([labels[i] for i in train], device=image.device)
+    model = train_reward(
+        image[train], text[train], contrast, label, config,
+        temperature=settings["temperature"], seed=settings["seed"], log=log,
+    )  # fmt: skip
+    score = model(image, text)
+    truth = torch.tensor([labels[i] for i in test], device=image.device)
+    cosine = torch.cosine_similarity(image[test], text[test])
+    write_tensors(folder / "cache" / "reward.safetensors", {"reward": score})
+    model.save_pretrained(folder / "reward")
+    write_json(
+        folder / "reward" / "held_out.json",
+        {
+            "accuracy": float(((score[test] > 0.5) == (truth > 0.5)).float().mean()) if test else None,
+            "auc": area_under_curve(score[test], truth),
+            "clip_score_auc": area_under_curve(cosine, truth),
+            "labels": len(labels),
+            "held_out": len(test),
+            "good_fraction": sum(labels.values()) / len(labels),
+            "calibration": calibration(score[test], truth),
+        },
+    )
+
+
+def finetune_pipeline(
+    pipe: Pipeline,
+    task: Task,
+    pictures: Sequence[Image.Image],
+    prompts: Sequence[str],
+    settings: dict[str, Any],
+    folder: Path,
+    log: Callable[[dict[str, Any]], None],
+) -> None:
+    """Encode images and prompts once, fine-tune, and write the pipeline to `folder`/model."""
+    pairs = task.pretrain() if task.pretrain else []
+    texts = list(dict.fromkeys([*prompts, *(text for text, _ in pairs)]))
+    row = {text: i for i, text in enumerate(texts)}
+    context = pipe.encode_prompts([*texts, ""])
+
+    def encode(images: Sequence[Image.Image], captions: Sequence[str]) -> Latents:
+        parts = [pipe.encode_images(images[i : i + 64]) for i in range(0, len(images), 64)]
+        mean, std = (torch.cat(part) for part in zip(*parts))
+        return Latents(mean, std, torch.tensor([row[text] for text in captions], device=mean.device))
+
+    model_images = encode(pictures, prompts)
+    reward = read_tensors(folder / "cache" / "reward.safetensors")["reward"].to(model_images.mean.device)
+    # without captioned images of its own kind, the model's own images, all weighing one, hold it in place
+    pretrain_images = encode([image for _, image in pairs], [text for text, _ in pairs]) if pairs else model_images
+    pipe.unet.requires_grad_(True)
+    finetune(
+        pipe.unet, pipe.schedule, context, model_images, reward, pretrain_images, folder / "checkpoints",
+        steps=settings["steps"], beta=settings["beta"], batch_size=settings["batch_size"],
+        peak_learning_rate=settings["learning_rate"], dtype=getattr(torch, settings["dtype"]),
+        checkpoint_every=settings["checkpoint_every"], seed=settings["seed"], log=log,
+    )  # fmt: skip
+    with atomic(folder / "model") as temporary:
+        pipe.save_pretrained(temporary)
+
+
+def judge_both(
+    before: Pipeline,
+    after: Pipeline,
+    task: Task,
+    clip: CLIP,
+    reward: RewardModel,
+    sampling: dict[str, Any],
+    folder: Path,
+) -> dict[str, Any]:
+    """Alignment, readability, fidelity and diversity of both pipelines on the task's test items, and sample pairs."""
+    items = [(item.prompt, item.seed) for item in task.test]
+    prompts = [item.prompt for item in task.test]
+    text = embed_texts(clip, prompts)
+    reference = embed_images(clip, task.reference()) if task.reference else None
+    aligned: dict[str, list[float]] = {}
+    drawn: dict[str, list[Image.Image]] = {}
+    verdicts: dict[str, list[str]] = {}
+    measured: dict[str, dict[str, float | None]] = {"readable": {}, "fidelity": {}, "diversity": {}, "reward": {}}
+    for side, pipe in (("before", before), ("after", after)):
+        drawn[side] = list(draw(pipe, items, **sampling, title=f"draw {side}"))
+        features = embed_images(clip, drawn[side])
+        score = reward(features, text)
+        if task.judge:
+            verdicts[side] = task.judge(drawn[side], prompts)
+        else:
+            verdicts[side] = ["good" if value > 0.5 else "bad" for value in score.tolist()]
+        aligned[side] = [float(verdict == "good") for verdict in verdicts[side]]
+        measured["readable"][side] = sum(v != "skip" for v in verdicts[side]) / len(items) if task.judge else None
+        measured["fidelity"][side] = evaluate.frechet_distance(features, reference) if reference is not None else None
+        measured["diversity"][side] = evaluate.diversity(features, prompts)
+        measured["reward"][side] = float(score.mean())
+    write_samples(folder, task, drawn, verdicts)
+    mean_reward = measured.pop("reward")
+    alignment = evaluate.compare([item.groups for item in task.test], aligned["before"], aligned["after"])
+    return {"alignment": alignment, "judge": task.judge_name, **measured, "mean_reward": mean_reward}
+
+
+def write_samples(folder: Path, task: Task, drawn: dict[str, list], verdicts: dict[str, list[str]]) -> None:
+    """Before/after pairs for the report: the first few of each group, not chosen by hand."""
+    shown: dict[tuple[str, ...], list[int]] = {}
+    for i, item in enumerate(task.test):
+        shown.setdefault(item.groups, []).append(i)
+    samples = []
+    for groups, rows in shown.items():
+        for i in rows[:SAMPLES]:
+            item = task.test[i]
+            entry: dict[str, Any] = {"prompt": item.prompt, "seed": item.seed}
+            entry |= {"category": groups[0] if len(groups) > 1 else None, "split": groups[-1]}
+            for side in ("before", "after"):
+                name = f"samples/{side}-{i:04d}.png"
+                with atomic(folder / name) as temporary:
+                    drawn[side][i].save(temporary, format="PNG")
+                entry[side] = {"image": name, "verdict": verdicts[side][i]}
+            samples.append(entry)
+    write_json(folder / "samples.json", {"judge": task.judge_name, "samples": samples})
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The table of before and after that ends a run."""
+    alignment = results["alignment"]
+    lines = [
+        f"{'aligned (' + results['judge'] + ')':32}{'before':>8}{'after':>8}{'gain':>8}   95 % interval of the gain"
+    ]
+    for name, value in alignment["before"].items():
+        low, high = alignment["ci95"]["gain"][name]
+        after = alignment["after"][name]
+        lines.append(
+            f"  {name:30}{value:8.1%}{after:8.1%}{100 * (after - value):+8.1f}   {100 * low:+.1f} to {100 * high:+.1f}"
+        )
+    for name, note in (("readable", ""), ("fidelity", " (Frechet, lower is better)"), ("diversity", "")):
+        before, after = results[name]["before"], results[name]["after"]
+        if before is not None:
+            lines.append(f"{name + note:32}{before:8.3f}{after:8.3f}{after - before:+8.3f}")
+    return "\n".join(lines)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="python -m minialign.finetune", description=__doc__.split("\n\n")[1])
+    number, whole = lambda low, high=float("inf"): in_range(float, low, high), in_range
+    add = parser.add_argument
+    add("--out", type=Path, help="the run's folder (default: runs/shapes, or runs/own with --feedback)")
+    add("--seed", type=whole(int, 0, 2**31), default=0, help="of everything random (default: 0)")
+    add("--steps", type=whole(int, 1), help="fine-tuning steps (default: 400; own images: 2000)")
+    add("--beta", type=number(0), help="weight of the pre-training term (default: 0.1; own images: 1, as in the paper)")
+    add("--batch-size", type=whole(int, 2), help="images in a fine-tuning step (default: 64; own images: 8)")
+    add("--learning-rate", type=number(0, 1), help="peak of AdamW's (default: 3e-4; own images: 1e-5)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps ... (default: cuda where there is one, else cpu)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the arithmetic (default: float32)",
+    )
+    add("--checkpoint-every", type=whole(int, 1), default=100, help="steps between checkpoints (default: 100)")
+    add("--fresh", action="store_true", help="start over: remove what an earlier run left in the folder")
+    add("--model", help="folder in the diffusers layout or hub id to fine-tune (default: the embedded one)")
+    add("--feedback", type=Path, help="labelled images: CSV or JSON lines with columns prompt, image, label")
+    add(
+        "--clip",
+        help="CLIP of the reward, folder or hub id (default with --model: openai/clip-vit-large-patch14)",
+    )
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse_arguments()
+    if (args.model is None) != (args.feedback is None):
+        raise InputError("--model and --feedback go together: one's labels are worth nothing for another's images")
+    device = pick_device(args.device)
+    defaults = EMBEDDED_DEFAULTS if args.feedback is None else OWN_DEFAULTS
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    folder = Path(given.get("out", defaults["out"]))
+    settings = defaults | {key: value for key, value in given.items() if key not in ("out", "fresh", "device")}
+    settings = {"model": None, "clip": None if args.model is None else "openai/clip-vit-large-patch14"} | settings
+    settings.pop("out")
+    if args.feedback is None:
+        numbers = ("images", "labels", "test_images", "pretrain_images", "seed")
+        task = shapes_task(*(settings[key] for key in numbers))
+    else:
+        settings["feedback"] = str(args.feedback)
+        task = own_task(args.feedback, settings["test_images"], settings["seed"])
+    if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise InputError(f"--out {folder}: not a folder that can be written")
+    if args.fresh and folder.exists():
+        remove_run(folder)
+    results = run(settings, task, folder, device)
+    from .report import write_report  # matplotlib is slow to import
+
+    report = write_report(folder)
+    print(f"\n{summary(results)}\n\n{results['seconds']['total']:.0f} s in all. Report: {report}")
+
+
+def remove_run(folder: Path) -> None:
+    """Remove what a run wrote, and nothing else; a folder that holds no run is refused."""
+    if not (folder / "config.json").exists() and any(folder.iterdir()):
+        raise InputError(f"--fresh: {folder} does not look like a run (it has no config.json); nothing was removed")
+    for name in ("images", "reward", "cache", "checkpoints", "model", "samples"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for path in folder.glob("feedback.sqlite*"):
+        path.unlink()
+    for name in ("stages", "samples", "evaluation", "results", "config"):
+        (folder / f"{name}.json").unlink(missing_ok=True)
+    for name in ("metrics.jsonl", "report.html"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device of a --device flag."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"--device {name}: cannot be used ({reason}); accepted: cpu, cuda, cuda:N, mps") from error
+    return device
+
+
+if __name__ == "__main__":
+    run_command(main)

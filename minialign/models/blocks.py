@@ -1,0 +1,212 @@
+"""The pieces that the UNet and the autoencoder share: time embedding, residual block, transformer block, resampling.
+
+Submodules are named so that state-dict keys equal diffusers'. Shapes: B batch, C channels, h,w spatial size, L tokens,
+D width of the text context.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def read_config(kind: str, config: dict[str, Any], settings: dict[str, Any], built: dict[str, tuple]) -> dict[str, Any]:
+    """The settings of a network out of a checkpoint's config.json, or ValueError for one that is not built.
+
+    `settings` maps each key that the network reads to its default; `built` maps a key to the values that are built,
+    the first being the default. A key in neither table must be off (null or false) and is otherwise refused by name.
+    """
+    for key, value in config.items():
+        if key in built:
+            if value not in built[key]:
+                raise ValueError(f"{kind} config: {key}={value!r} is not built; supported: {_listed(built[key])}")
+        elif key not in settings and not key.startswith("_") and value not in (None, False):
+            raise ValueError(f"{kind} config: {key}={value!r} is not built; supported: null")
+    read = {key: values[0] for key, values in built.items()} | settings
+    return read | {key: value for key, value in config.items() if key in read}
+
+
+def _listed(values: tuple) -> str:
+    return ", ".join(repr(value) for value in values)
+
+
+def per_level(value: int | list[int], levels: int, key: str) -> list[int]:
+    """A config value that is one number for all resolution levels or a list with one number a level."""
+    values = [value] * levels if isinstance(value, int) else list(value)
+    if len(values) != levels:
+        raise ValueError(f"config: {key} has {len(values)} entries for {levels} levels")
+    return values
+
+
+def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
+    """Sinusoids of the timesteps (B,) as (B, width) float32, cosines first (Ho et al. 2020, section 4)."""
+    half = width // 2
+    steps = torch.arange(half, device=timesteps.device, dtype=torch.float32)
+    frequencies = torch.exp(-math.log(10000) * steps / half)  # in this order every bit is diffusers'
+    angles = timesteps.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class TimestepMLP(nn.Module):
+    """Sinusoids (B, width_in) -> time embedding (B, width)."""
+
+    def __init__(self, width_in: int, width: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(width_in, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResnetBlock(nn.Module):
+    """Two 3x3 convolutions with group norm and SiLU, the time embedding added between: (B,C,h,w) -> (B,C',h,w)."""
+
+    def __init__(self, channels: int, out_channels: int, groups: int, eps: float, time_width: int | None = None):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, channels, eps)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        if time_width is not None:
+            self.time_emb_proj = nn.Linear(time_width, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        if time is not None:
+            h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x (B,N,C) to context (B,L,D), or to itself: (B,N,C)."""
+
+    def __init__(
+        self, channels: int, heads: int, context: int | None = None, *, bias: bool = False, upcast: bool = False
+    ):
+        super().__init__()
+        self.heads, self.upcast = heads, upcast
+        self.to_q = nn.Linear(channels, channels, bias=bias)
+        self.to_k = nn.Linear(context or channels, channels, bias=bias)
+        self.to_v = nn.Linear(context or channels, channels, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = (
+            linear(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for linear, tokens in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
+        )
+        if self.upcast:  # SD 2.1 overflows in float16 without it
+            q, k, v = q.float(), k.float(), v.float()
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.to_out[0](out.to(x.dtype))
+
+
+class GEGLU(nn.Module):
+    """Linear layer whose second half gates the first by GELU (Shazeer 2020)."""
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, gate = self.proj(x).chunk(2, dim=-1)
+        return hidden * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        # the gap at index 1 is diffusers' dropout, which has no weights
+        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward: x (B,N,C), context (B,L,D) -> (B,N,C)."""
+
+    def __init__(self, channels: int, heads: int, context: int, upcast: bool):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, heads, upcast=upcast)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, heads, context, upcast=upcast)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2D(nn.Module):
+    """Transformer blocks over the pixels of a feature map: x (B,C,h,w), context (B,L,D) -> (B,C,h,w)."""
+
+    def __init__(
+        self, channels: int, heads: int, context: int, groups: int, depth: int, linear: bool, upcast: bool = False
+    ):
+        super().__init__()
+        self.linear = linear  # SD 2.x projects after flattening, SD 1.x by a 1x1 convolution: same maths, other keys
+        self.norm = nn.GroupNorm(groups, channels, 1e-6)
+        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(
+            [TransformerBlock(channels, heads, context, upcast) for _ in range(depth)]
+        )
+        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        size = x.shape[-2:]
+        h = self.norm(x)
+        h = self.proj_in(tokens(h)) if self.linear else tokens(self.proj_in(h))
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        h = pixels(self.proj_out(h), size) if self.linear else self.proj_out(pixels(h, size))
+        return h + x
+
+
+def tokens(x: Tensor) -> Tensor:
+    """(B,C,h,w) -> (B,h*w,C)"""
+    return x.flatten(2).transpose(1, 2)
+
+
+def pixels(x: Tensor, size: torch.Size) -> Tensor:
+    """(B,h*w,C) -> (B,C,h,w)"""
+    return x.transpose(1, 2).unflatten(2, tuple(size))
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2: (B,C,h,w) -> (B,C,ceil(h/2),ceil(w/2)).
+
+    With padding 0 (the VAE) only the right and lower edge are padded, and odd sizes round down.
+    """
+
+    def __init__(self, channels: int, padding: int = 1):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.conv.padding == (0, 0) else x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour enlargement to `size` (default: doubled), then a 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
+        if size is None:
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))

@@ -1,0 +1,291 @@
+"""CLIP (Radford et al. 2021): the text tower that conditions the UNet, and both towers for the reward's features.
+
+State-dict keys are those of transformers' CLIPModel and CLIPTextModel (with the `text_model.` prefix).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from .blocks import read_config
+from .pretrained import EMBEDDED, load_network, read_json, resolve, save_network
+from .tokenizer import Tokenizer
+
+FILES = ["config.json", "*.safetensors", "vocab.json", "merges.txt", "*_config.json"]  # what is fetched from a hub
+
+TEXT_SETTINGS: dict[str, Any] = {
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "layer_norm_eps": 1e-5,
+    "eos_token_id": 49407,
+}
+VISION_SETTINGS: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+    "num_channels": 3,
+    "layer_norm_eps": 1e-5,
+}
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "gelu": F.gelu,
+}
+
+
+def _read(kind: str, config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The keys this module uses; a CLIP config also carries transformers' generation settings, which it does not."""
+    known = {key: value for key, value in config.items() if key in settings or key == "hidden_act"}
+    return read_config(kind, known, settings, {"hidden_act": tuple(ACTIVATIONS)})
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
+        q, k, v = (
+            linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for linear in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int, activation: str):
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer: (B,N,D) -> (B,N,D)."""
+
+    def __init__(self, c: dict[str, Any]):
+        super().__init__()
+        self.self_attn = SelfAttention(c["hidden_size"], c["num_attention_heads"])
+        self.layer_norm1 = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])
+        self.mlp = MLP(c["hidden_size"], c["intermediate_size"], c["hidden_act"])
+        self.layer_norm2 = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])
+
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), causal)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, c: dict[str, Any]):
+        super().__init__()
+        self.layers = nn.ModuleList([Layer(c) for _ in range(c["num_hidden_layers"])])
+
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, causal)
+        return x
+
+
+class TextEmbeddings(nn.Module):
+    def __init__(self, c: dict[str, Any]):
+        super().__init__()
+        self.token_embedding = nn.Embedding(c["vocab_size"], c["hidden_size"])
+        self.position_embedding = nn.Embedding(c["max_position_embeddings"], c["hidden_size"])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+
+
+class TextTransformer(nn.Module):
+    def __init__(self, c: dict[str, Any]):
+        super().__init__()
+        self.eos_token_id: int = c["eos_token_id"]
+        self.embeddings = TextEmbeddings(c)
+        self.encoder = Transformer(c)
+        self.final_layer_norm = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.final_layer_norm(self.encoder(self.embeddings(ids), causal=True))
+
+    def pool(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """The hidden state (B,D) at the end-of-text token.
+
+        Configs written before that id was corrected carry eos_token_id 2 and mean the highest id of the row.
+        """
+        key = ids if self.eos_token_id == 2 else (ids == self.eos_token_id).int()
+        return hidden[torch.arange(len(ids), device=ids.device), key.argmax(dim=1)]
+
+
+class VisionEmbeddings(nn.Module):
+    def __init__(self, c: dict[str, Any]):
+        super().__init__()
+        width, patch = c["hidden_size"], c["patch_size"]
+        self.class_embedding = nn.Parameter(torch.randn(width))
+        self.patch_embedding = nn.Conv2d(c["num_channels"], width, patch, stride=patch, bias=False)
+        self.position_embedding = nn.Embedding((c["image_size"] // patch) ** 2 + 1, width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patch_embedding(images).flatten(2).transpose(1, 2)
+        first = self.class_embedding.expand(len(images), 1, -1).to(patches.dtype)
+        return torch.cat([first, patches], dim=1) + self.position_embedding.weight
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, c: dict[str, Any]):
+        super().__init__()
+        self.embeddings = VisionEmbeddings(c)
+        self.pre_layrnorm = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])  # transformers' spelling
+        self.encoder = Transformer(c)
+        self.post_layernorm = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pixels (B,3,S,S) -> the class token's final state (B,D)."""
+        hidden = self.encoder(self.pre_layrnorm(self.embeddings(images)), causal=False)
+        return self.post_layernorm(hidden[:, 0])
+
+
+class TextEncoder(nn.Module):
+    """CLIP's text tower as the UNet reads it: ids (B,L) -> last hidden states after the final norm, (B,L,D)."""
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__()
+        self.config = config
+        self.text_model = TextTransformer(_read("CLIPTextModel", config, TEXT_SETTINGS))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.text_model(ids)
+
+
+class CLIPTowers(nn.Module):
+    """Both towers with their projections; `minialign.CLIP` adds the tokenizer and the image preprocessing."""
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__()
+        self.config = config
+        text = _read("CLIPModel text", config.get("text_config") or {}, TEXT_SETTINGS)
+        vision = _read("CLIPModel vision", config.get("vision_config") or {}, VISION_SETTINGS)
+        width: int = config.get("projection_dim", 512)
+        self.text_model = TextTransformer(text)
+        self.vision_model = VisionTransformer(vision)
+        self.visual_projection = nn.Linear(vision["hidden_size"], width, bias=False)
+        self.text_projection = nn.Linear(text["hidden_size"], width, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(config.get("logit_scale_init_value", 2.6592)))
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Preprocessed pixels (B,3,S,S) -> projected embeddings (B,E), not normalised."""
+        return self.visual_projection(self.vision_model(pixels))
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """Token ids (B,L) -> projected embeddings (B,E), not normalised."""
+        return self.text_projection(self.text_model.pool(self.text_model(ids), ids))
+
+
+PREPROCESSING: dict[str, Any] = {  # the defaults of transformers' CLIPImageProcessor
+    "size": {"shortest_edge": 224},
+    "crop_size": {"height": 224, "width": 224},
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+PREPROCESSING_BUILT: dict[str, tuple] = {
+    "do_resize": (True,),
+    "do_center_crop": (True,),
+    "do_rescale": (True,),
+    "do_normalize": (True,),
+    "do_convert_rgb": (True, None),
+    "resample": (3,),  # PIL's number for bicubic
+    "rescale_factor": (1 / 255,),
+}
+
+
+def preprocess(images: list[Image.Image], config: dict[str, Any]) -> Tensor:
+    """Pixels (B,3,S,S) as CLIP was trained on: bicubic resize of the shorter edge, center crop, normalisation.
+
+    `config` is a checkpoint's preprocessor_config.json. Equal to transformers' PIL-based processor, which puts
+    transparent images on white. ValueError names the key of a value that is not built.
+    """
+    known = {key: value for key, value in config.items() if key in PREPROCESSING or key in PREPROCESSING_BUILT}
+    c = read_config("CLIPImageProcessor", known, PREPROCESSING, PREPROCESSING_BUILT)
+    edge = c["size"] if isinstance(c["size"], int) else c["size"].get("shortest_edge")
+    if edge is None:
+        raise ValueError(f"CLIPImageProcessor config: size={c['size']!r} is not built; supported: shortest_edge")
+    crop = c["crop_size"]
+    height, width = (crop, crop) if isinstance(crop, int) else (crop["height"], crop["width"])
+    return torch.stack([_preprocess_one(image, edge, height, width, c) for image in images])
+
+
+def _preprocess_one(image: Image.Image, edge: int, height: int, width: int, c: dict[str, Any]) -> Tensor:
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    w, h = image.size
+    size = (edge, int(edge * h / w)) if w <= h else (int(edge * w / h), edge)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    pixels = np.asarray(image, dtype=np.float32) / 255
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    if top < 0 or left < 0:
+        raise ValueError(f"CLIP preprocessing: crop {height}x{width} is larger than the resized image {size}")
+    pixels = pixels[top : top + height, left : left + width]
+    pixels = (pixels - np.array(c["image_mean"], np.float32)) / np.array(c["image_std"], np.float32)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+class CLIP(CLIPTowers):
+    """Both towers with their tokenizer and image preprocessing, from a folder that transformers also reads."""
+
+    tokenizer: Tokenizer
+    preprocessing: dict[str, Any]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
+    ) -> CLIP:
+        """Load a CLIPModel folder or hub id (the paper: openai/clip-vit-large-patch14); None is the embedded one."""
+        folder = EMBEDDED / "clip" if source is None else resolve(source, FILES, revision)
+        clip = load_network(cls, folder, device=device, dtype=dtype)
+        clip.tokenizer = Tokenizer.from_pretrained(folder)
+        clip.preprocessing = read_json(folder / "preprocessor_config.json")
+        return clip
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        folder = Path(folder)
+        save_network(self, folder, "model", dtype)
+        self.tokenizer.save_pretrained(folder)
+        (folder / "preprocessor_config.json").write_text(json.dumps(self.preprocessing, indent=2) + "\n")
+
+    @property
+    def width(self) -> int:
+        """Width E of the embeddings."""
+        return self.visual_projection.out_features
+
+    def preprocess(self, images: list[Image.Image]) -> Tensor:
+        """Pixels (B,3,S,S) of images of any size, see `preprocess`."""
+        return preprocess(images, self.preprocessing)

@@ -1,0 +1,130 @@
+"""Stage 1 of the method: the prompts people judge, and the contrastive prompts of the reward's auxiliary loss.
+
+The paper (Lee et al. 2023, sections 3.1 and 4.1) asks for four things in a picture: the number of objects, their
+color, the background, and combinations of the three. A `Grammar` holds the words; a `Prompt` is one sentence of it
+together with the words it fixes, so that a contrastive prompt (another count, color, background or object) is found
+by exchanging words instead of by asking a language model.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+CATEGORIES = ("count", "color", "background", "combination")
+ATTRIBUTES = ("count", "color", "object", "background")
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """The words of a prompt; `backgrounds` are whole phrases such as "in the snow", `counts` start at one."""
+
+    counts: tuple[str, ...]
+    colors: tuple[str, ...]
+    objects: tuple[str, ...]
+    backgrounds: tuple[str, ...]
+
+    def words(self, attribute: str) -> tuple[str, ...]:
+        """All words of one of ATTRIBUTES."""
+        words: tuple[str, ...] = getattr(self, attribute + "s")
+        return words
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a sentence asks for; None where it leaves a thing open. Without a count it speaks of one object ("a")."""
+
+    category: str
+    object: str
+    count: str | None = None
+    color: str | None = None
+    background: str | None = None
+
+    @property
+    def text(self) -> str:
+        words = [self.count or "a", self.color, self.object, self.background]
+        if self.count not in (None, "one"):
+            words[2] = self.object + "s"
+        if words[0] == "a" and (self.color or self.object)[0] in "aeiou":
+            words[0] = "an"
+        return " ".join(word for word in words if word)
+
+
+SHAPES = Grammar(
+    counts=("one", "two", "three", "four"),
+    colors=("red", "blue", "yellow", "purple"),
+    objects=("circle", "square", "triangle", "star"),
+    backgrounds=("at night", "on the grass", "in the snow", "on the sand"),
+)
+
+
+def all_prompts(grammar: Grammar) -> list[Prompt]:
+    """Every prompt of the grammar, category by category, in a fixed order."""
+    prompts = [Prompt("count", thing, count=n) for n in grammar.counts for thing in grammar.objects]
+    prompts += [Prompt("color", thing, color=c) for c in grammar.colors for thing in grammar.objects]
+    prompts += [Prompt("background", thing, background=b) for b in grammar.backgrounds for thing in grammar.objects]
+    prompts += [
+        Prompt("combination", thing, count=n, color=c, background=b)
+        for n in grammar.counts
+        for c in grammar.colors
+        for thing in grammar.objects
+        for b in grammar.backgrounds
+    ]
+    return prompts
+
+
+def split(grammar: Grammar, unseen: float = 0.25, seed: int = 0) -> tuple[list[Prompt], list[Prompt]]:
+    """Hold out a fraction of each category's combinations of words: (seen, unseen), disjoint, the same for a seed."""
+    order = random.Random(seed)
+    seen, held_out = [], []
+    for category in CATEGORIES:
+        prompts = [p for p in all_prompts(grammar) if p.category == category]
+        order.shuffle(prompts)
+        cut = round(len(prompts) * unseen)
+        held_out += prompts[:cut]
+        seen += prompts[cut:]
+    return seen, held_out
+
+
+def exchange(prompt: Prompt, attribute: str, grammar: Grammar, rng: random.Random) -> Prompt:
+    """The same prompt with another word for `attribute`, which the prompt must fix."""
+    others = [word for word in grammar.words(attribute) if word != getattr(prompt, attribute)]
+    return replace(prompt, **{attribute: rng.choice(others)})
+
+
+def contrastive(prompt: Prompt, number: int, grammar: Grammar, rng: random.Random) -> list[Prompt]:
+    """`number` different prompts with other semantics than `prompt`, for the prompt classification loss.
+
+    Each exchanges at least one of the words that `prompt` fixes (paper, section 4.2); more words are exchanged at
+    random so that near and far prompts are both met. Fewer come back only where the grammar has no more.
+    """
+    fixed = [a for a in ATTRIBUTES if getattr(prompt, a) is not None]
+    possible = 1
+    for attribute in fixed:
+        possible *= len(grammar.words(attribute))
+    found: dict[Prompt, None] = {}
+    while len(found) < min(number, possible - 1):
+        other = prompt
+        for attribute in rng.sample(fixed, rng.choice((1, 1, 2, len(fixed)))):
+            other = exchange(other, attribute, grammar, rng)
+        found[other] = None
+    return list(found)
+
+
+def corrupt(prompt: Prompt, noise: float, grammar: Grammar, rng: random.Random) -> Prompt:
+    """A caption with mistakes: each fixed word is exchanged for another one with probability `noise`."""
+    for attribute in ATTRIBUTES:
+        if getattr(prompt, attribute) is not None and rng.random() < noise:
+            prompt = exchange(prompt, attribute, grammar, rng)
+    return prompt
+
+
+def parse(text: str, grammar: Grammar) -> Prompt | None:
+    """The grammar's prompt whose text this is, or None for any other sentence."""
+    return _index(grammar).get(text)
+
+
+def _index(grammar: Grammar, cache: dict[Grammar, dict[str, Prompt]] = {}) -> dict[str, Prompt]:  # noqa: B006
+    if grammar not in cache:
+        cache[grammar] = {prompt.text: prompt for prompt in all_prompts(grammar)}
+    return cache[grammar]

@@ -1,0 +1,375 @@
+"""Train the embedded world's pipeline from nothing: python -m minialign.shapes.pretrain --out FOLDER
+
+Draws captioned scenes, trains a VAE, a CLIP and a UNet on them, and writes a Stable-Diffusion-shaped checkpoint in the
+diffusers layout. Captions are deliberately noisy, as web captions are: the UNet first learns the words from clean
+captions, then sees captions whose words are wrong with probability `--caption-noise`, so that it draws clean pictures
+that follow the prompt only about half of the time. That is the model that human feedback is to repair.
+Every stage resumes from its last checkpoint when the command is run again.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..command import Parser, run_command
+from ..diffusion import NoiseSchedule
+from ..models.clip import CLIP, TextEncoder
+from ..models.tokenizer import END, START, Tokenizer, byte_characters, split_words
+from ..models.unet import UNet
+from ..models.vae import VAE
+from ..pipeline import Pipeline
+from ..prompts import SHAPES, all_prompts, corrupt
+from ..training import (
+    EMA,
+    atomic,
+    generator,
+    learning_rate,
+    load_checkpoint,
+    progress,
+    read_tensors,
+    save_checkpoint,
+    write_json,
+    write_tensors,
+)
+from .annotator import calibrate
+from .scenes import SIZE, Scene, draw, sample_scene
+from .task import CAPTION_NOISE
+
+CLIP_NOISE = 0.1  # CLIP's captions are cleaner: its features are to see what the pictures show
+CONTEXT = 64  # width of the text tower
+VAE_CONFIG: dict[str, Any] = {
+    "_class_name": "AutoencoderKL",
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [16, 16, 32, 64],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 1,
+    "latent_channels": 8,
+    "norm_num_groups": 8,
+    "mid_block_add_attention": False,
+    "act_fn": "silu",
+    "sample_size": SIZE,
+}
+UNET_CONFIG: dict[str, Any] = {
+    "_class_name": "UNet2DConditionModel",
+    "sample_size": 8,
+    "in_channels": 8,
+    "out_channels": 8,
+    "block_out_channels": [64, 128],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "cross_attention_dim": CONTEXT,
+    "attention_head_dim": [2, 4],
+    "norm_num_groups": 16,
+    "use_linear_projection": True,
+}
+SCHEDULER_CONFIG: dict[str, Any] = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "steps_offset": 0,
+    "set_alpha_to_one": True,
+    "clip_sample": False,
+}
+PREPROCESSOR_CONFIG: dict[str, Any] = {
+    "image_processor_type": "CLIPImageProcessor",
+    "size": {"shortest_edge": SIZE},
+    "crop_size": {"height": SIZE, "width": SIZE},
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+
+
+def clip_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    shared: dict[str, Any] = {"num_attention_heads": 2, "hidden_size": CONTEXT, "intermediate_size": 4 * CONTEXT}
+    shared |= {"hidden_act": "quick_gelu", "projection_dim": 64}
+    special = {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.pad}
+    text = shared | special | {"vocab_size": len(tokenizer.vocab), "max_position_embeddings": tokenizer.length}
+    vision = shared | {"num_hidden_layers": 4, "image_size": SIZE, "patch_size": 8}
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": 64,
+        "logit_scale_init_value": 2.6592,
+        "text_config": text | {"model_type": "clip_text_model", "num_hidden_layers": 2},
+        "vision_config": vision | {"model_type": "clip_vision_model"},
+    }
+
+
+def make_tokenizer() -> Tokenizer:
+    """A CLIP tokenizer whose merges are learned on the grammar's words, each of which becomes one token."""
+    words = Counter(word for prompt in all_prompts(SHAPES) for word in split_words(prompt.text))
+    spelled = {word: [*word[:-1], word[-1] + "</w>"] for word in sorted(words)}
+    merges: list[tuple[str, str]] = []
+    while any(len(parts) > 1 for parts in spelled.values()):
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, parts in spelled.items():
+            for pair in zip(parts, parts[1:]):
+                pairs[pair] += words[word]
+        best = max(sorted(pairs), key=lambda pair: pairs[pair])
+        merges.append(best)
+        for parts in spelled.values():
+            i = 0
+            while i < len(parts) - 1:
+                if (parts[i], parts[i + 1]) == best:
+                    parts[i : i + 2] = ["".join(best)]
+                i += 1
+    letters = byte_characters()
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
+    return Tokenizer({token: i for i, token in enumerate(tokens)}, merges)
+
+
+# ---------------------------------------------------------------------------------------------- captioned drawings
+def draw_dataset(number: int, seed: int) -> tuple[Tensor, list[Scene]]:
+    """`number` drawings as (number,3,64,64) uint8 with their scenes; a third show one object."""
+    rng = random.Random(seed)
+    images = np.empty((number, SIZE, SIZE, 3), dtype=np.uint8)
+    scenes = []
+    for i in progress(range(number), "draw"):
+        scene = sample_scene(None, rng)
+        if rng.random() < 0.15:  # color and background captions speak of one object: draw those more often
+            scene = Scene(1, scene.color, scene.object, scene.background)
+        images[i] = np.asarray(draw(scene, rng))
+        scenes.append(scene)
+    return torch.from_numpy(images).permute(0, 3, 1, 2), scenes
+
+
+class Captions:
+    """Captions of the scenes as row numbers of the table of all prompts; the last row is the empty prompt."""
+
+    def __init__(self, scenes: list[Scene], noise: float, seed: int):
+        self.scenes, self.noise, self.seed = scenes, noise, seed
+        self.prompts = all_prompts(SHAPES)
+        self.texts = [prompt.text for prompt in self.prompts] + [""]
+        self.row = {prompt: i for i, prompt in enumerate(self.prompts)}
+
+    def __call__(self, indices: Tensor, step: int) -> Tensor:
+        """One caption for each scene, its category at random among those that fit, its words noisy."""
+        rng = random.Random(self.seed * 1_000_003 + step)
+        rows = []
+        for i in indices.tolist():
+            scene = self.scenes[i]
+            fitting = ("count", "color", "background", "combination") if scene.count == 1 else ("count", "combination")
+            prompt = scene.prompt(rng.choices(fitting, [2 if c == "combination" else 1 for c in fitting])[0])
+            rows.append(self.row[corrupt(prompt, self.noise, SHAPES, rng)])
+        return torch.tensor(rows)
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """uint8 -> [-1,1]"""
+    return images.float() / 127.5 - 1
+
+
+# ------------------------------------------------------------------------------------------------------ the stages
+def start_near_identity(model: nn.Module) -> None:
+    """Zero the last layer of every residual branch, which speeds the first steps (Goyal et al. 2017, section 5.1)."""
+    for name, module in model.named_modules():
+        if name.endswith(("conv2", "proj_out", "to_out.0", "ff.net.2")):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+def fit(
+    model: nn.Module, loss_at, steps: int, folder: Path, *, lr: float, decay: float = 1.0, ema: float = 0.0, every=500
+) -> dict[str, Tensor]:
+    """AdamW on `loss_at(step)` with checkpoints; the weights reached (their moving average where `ema` > 0)."""
+    done = folder / "final.safetensors"
+    if done.exists():
+        return read_tensors(done)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
+    average = EMA(model, ema) if ema else None
+    first = load_checkpoint(folder, model, optimizer, average)
+    mean = 0.0
+    for step in progress(range(first, steps), folder.name, steps, first):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, lr, warmup=100, decay=decay)
+        loss = loss_at(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if average:
+            average.update(model, step)
+        mean += loss.item()
+        if (step + 1) % every == 0:
+            print(f"{folder.name} step {step + 1}: loss {mean / every:.4f}", flush=True)
+            mean = 0.0
+            save_checkpoint(folder, step + 1, model, optimizer, average)
+    weights: dict[str, Tensor] = average.weights if average else {n: p for n, p in model.named_parameters()}
+    write_tensors(done, weights)
+    return {name: weight.detach() for name, weight in weights.items()}
+
+
+def train_vae(images: Tensor, folder: Path, steps: int, seed: int, batch: int = 16) -> VAE:
+    """L1 + L2 reconstruction with a slight pull of the latents to N(0,1)."""
+    torch.manual_seed(seed)
+    vae = VAE(VAE_CONFIG)
+    start_near_identity(vae)
+
+    def loss_at(step: int) -> Tensor:
+        g = generator(seed, 1, step)
+        x = to_pixels(images[torch.randint(len(images), (batch,), generator=g)])
+        mean, logvar = vae.encode(x)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        return reconstruction_loss(vae, x, mean, logvar, g) + 5e-4 * kl
+
+    vae.load_state_dict(fit(vae, loss_at, steps, folder, lr=2e-3))
+    return vae.eval().requires_grad_(False)
+
+
+def reconstruction_loss(vae: VAE, x: Tensor, mean: Tensor, logvar: Tensor, g: torch.Generator) -> Tensor:
+    error = vae.decode(mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=g)) - x
+    return error.square().mean() + 0.5 * error.abs().mean()
+
+
+def polish_decoder(vae: VAE, images: Tensor, folder: Path, steps: int, seed: int, batch: int = 16) -> None:
+    """Train the decoder alone for longer, in place: the latents stay as the UNet knows them."""
+    decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}).requires_grad_(True)
+
+    def loss_at(step: int) -> Tensor:
+        g = generator(seed, 4, step)
+        x = to_pixels(images[torch.randint(len(images), (batch,), generator=g)])
+        with torch.no_grad():
+            mean, logvar = vae.encode(x)
+        return reconstruction_loss(vae, x, mean, logvar, g)
+
+    decoder.load_state_dict(fit(decoder, loss_at, steps, folder, lr=1e-3))
+    vae.requires_grad_(False)
+
+
+def train_clip(
+    images: Tensor, captions: Captions, tokenizer: Tokenizer, folder: Path, steps: int, seed: int, batch: int = 256
+) -> CLIP:
+    """The symmetric contrastive loss (Radford et al. 2021, figure 3)."""
+    torch.manual_seed(seed)
+    clip = CLIP(clip_config(tokenizer))
+    for module in clip.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+    nn.init.normal_(clip.vision_model.embeddings.class_embedding, std=0.02)
+    ids = tokenizer(captions.texts)
+    length = int((ids == tokenizer.end).int().argmax(1).max()) + 1  # the causal tower never looks past the end token
+
+    def loss_at(step: int) -> Tensor:
+        g = generator(seed, 2, step)
+        chosen = torch.randint(len(images), (batch,), generator=g)
+        rows = captions(chosen, step)
+        image = F.normalize(clip.encode_image(to_pixels(images[chosen])), dim=1)
+        text = F.normalize(clip.encode_text(ids[:, :length][rows]), dim=1)
+        logits = clip.logit_scale.exp() * image @ text.T
+        # equal captions are equally right: share the target among them
+        same = (rows[:, None] == rows[None]).float()
+        target = same / same.sum(1, keepdim=True)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    clip.load_state_dict(fit(clip, loss_at, steps, folder, lr=1e-3, every=100))
+    return clip.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_dataset(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Latent means and standard deviations of all images, scaled to unit variance, and that scaling factor."""
+    parts = [vae.encode(to_pixels(chunk)) for chunk in progress(images.split(256), "encode")]
+    mean = torch.cat([mean for mean, _ in parts])
+    std = torch.cat([(0.5 * logvar).exp() for _, logvar in parts])
+    factor = 1 / (mean.var() + std.square().mean()).sqrt().item()
+    return mean * factor, std * factor, factor
+
+
+def train_unet(
+    mean: Tensor,
+    std: Tensor,
+    context: Tensor,
+    captions: Captions,
+    folder: Path,
+    steps: int,
+    seed: int,
+    noisy_from: float = 0.75,
+    batch: int = 64,
+) -> UNet:
+    """The denoising loss with captions dropped for guidance one time in ten; words are noisy in the last part only."""
+    torch.manual_seed(seed)
+    schedule = NoiseSchedule.from_config(SCHEDULER_CONFIG)
+    unet = UNet(UNET_CONFIG)
+    start_near_identity(unet)
+    nn.init.zeros_(unet.conv_out.weight)
+    final_noise = captions.noise
+
+    def loss_at(step: int) -> Tensor:
+        g = generator(seed, 3, step)
+        chosen = torch.randint(len(mean), (batch,), generator=g)
+        captions.noise = final_noise if step >= noisy_from * steps else 0.0
+        rows = captions(chosen, step)
+        rows[torch.rand(batch, generator=g) < 0.1] = len(captions.texts) - 1
+        noise, sample = torch.randn(2, batch, *mean.shape[1:], generator=g)
+        x0 = mean[chosen] + std[chosen] * sample
+        # stratified timesteps: each batch covers the whole schedule evenly (Kingma et al. 2021, section I.1)
+        t = (torch.arange(batch) + torch.rand(batch, generator=g)) / batch * len(schedule.alphas_cumprod)
+        t = t.long().clamp(max=len(schedule.alphas_cumprod) - 1)
+        x = schedule.add_noise(x0, noise, t)
+        return F.mse_loss(unet(x, t, context[rows]), schedule.target(x0, noise, t))
+
+    unet.load_state_dict(fit(unet, loss_at, steps, folder, lr=1e-3, decay=0.35, ema=0.999))
+    return unet.eval().requires_grad_(False)
+
+
+def main() -> None:
+    parser = Parser(prog="python -m minialign.shapes.pretrain", description=__doc__.split("\n\n")[1])
+    parser.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="work folder, with the result")
+    parser.add_argument("--seed", type=int, default=0, help="of drawings, captions, weights and noise")
+    parser.add_argument("--images", type=int, default=48_000, help="number of drawings")
+    parser.add_argument("--vae-steps", type=int, default=2_500, help="of 16 drawings")
+    parser.add_argument("--clip-steps", type=int, default=1_500, help="of 256 captioned drawings")
+    parser.add_argument("--unet-steps", type=int, default=11_000, help="of 64 captioned drawings")
+    parser.add_argument("--decoder-steps", type=int, default=2_000, help="of 16 drawings, for the VAE's decoder alone")
+    parser.add_argument("--only", choices=("vae", "clip"), help="train one part and stop: the two can run side by side")
+    a = parser.parse_args()
+    images, scenes = draw_dataset(a.images, a.seed)
+    tokenizer = make_tokenizer()
+    if a.only != "clip":
+        vae = train_vae(images, a.out / "vae", a.vae_steps, a.seed)
+        polish_decoder(vae, images, a.out / "decoder", a.decoder_steps, a.seed)
+    if a.only != "vae":
+        captions = Captions(scenes, CLIP_NOISE, a.seed)
+        clip = train_clip(images, captions, tokenizer, a.out / "clip", a.clip_steps, a.seed)
+    if a.only:
+        return
+    clip.tokenizer, clip.preprocessing = tokenizer, PREPROCESSOR_CONFIG
+    text_encoder = TextEncoder(clip.config["text_config"]).eval()
+    text_encoder.text_model.load_state_dict(clip.text_model.state_dict())
+    captions = Captions(scenes, CAPTION_NOISE, a.seed + 1)
+    with torch.no_grad():
+        context = text_encoder(tokenizer(captions.texts))
+    mean, std, vae.scaling_factor = encode_dataset(vae, images)
+    vae.config["scaling_factor"] = vae.scaling_factor
+    unet = train_unet(mean, std, context, captions, a.out / "unet", a.unet_steps, a.seed)
+    with atomic(a.out / "checkpoint") as folder:
+        pipe = Pipeline(unet, vae, text_encoder, tokenizer, NoiseSchedule.from_config(SCHEDULER_CONFIG))
+        pipe.save_pretrained(folder, torch.float16)
+        clip.save_pretrained(folder / "clip", torch.float16)
+        write_json(folder / "annotator.json", annotator_statistics(pipe, a.seed))
+
+
+def annotator_statistics(pipe: Pipeline, seed: int, number: int = 1_500) -> dict[str, Any]:
+    """The annotator's shape statistics, on as many drawings as reconstructions of the VAE."""
+    rng = random.Random(seed + 2)
+    scenes = [sample_scene(None, rng) for _ in range(number)]
+    drawings = [draw(scene, rng) for scene in scenes]
+    pictures = drawings + [pipe.decode(pipe.encode_images([drawing])[0])[0] for drawing in drawings]
+    return calibrate(pictures, scenes * 2)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,113 @@
+"""The drawings of the embedded world: one to four objects of one shape and color on one of four backgrounds.
+
+A drawing is 64 x 64 pixels, anti-aliased (drawn four times as large, then averaged); objects never overlap and never
+touch the frame. `draw` is the truth that the simulated labeller (annotator.py) is measured against.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+from ..prompts import SHAPES, Prompt
+
+SIZE = 64  # pixels
+SUPERSAMPLE = 4
+COLORS = {"red": (222, 44, 44), "blue": (44, 92, 236), "yellow": (252, 214, 28), "purple": (150, 48, 190)}
+BACKGROUNDS = {
+    "at night": (24, 26, 54),
+    "on the grass": (104, 164, 84),
+    "in the snow": (236, 242, 248),
+    "on the sand": (222, 186, 146),
+}
+RADII = {1: (12.0, 17.0), 2: (10.5, 14.0), 3: (10.0, 12.5), 4: (9.5, 11.5)}  # circumscribed circle, pixels, by count
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a drawing shows: count in 1..4, and a word of the SHAPES grammar for each other attribute."""
+
+    count: int
+    color: str
+    object: str
+    background: str
+
+    def shows(self, prompt: Prompt) -> bool:
+        """Whether a drawing of this scene is aligned with the prompt; "a" asks for exactly one object."""
+        count = SHAPES.counts.index(prompt.count) + 1 if prompt.count else 1
+        return (
+            self.count == count
+            and self.object == prompt.object
+            and prompt.color in (None, self.color)
+            and prompt.background in (None, self.background)
+        )
+
+    def prompt(self, category: str) -> Prompt:
+        """The true caption of one category; color and background captions speak of one object only."""
+        if category in ("color", "background") and self.count != 1:
+            raise ValueError(f"a {category} caption needs a scene of one object, not {self.count}")
+        count = SHAPES.counts[self.count - 1] if category in ("count", "combination") else None
+        color = self.color if category in ("color", "combination") else None
+        background = self.background if category in ("background", "combination") else None
+        return Prompt(category, self.object, count, color, background)
+
+
+def sample_scene(prompt: Prompt | None, rng: random.Random) -> Scene:
+    """A scene that shows the prompt, everything it leaves open drawn uniformly; with None, any scene."""
+    if prompt is None:
+        count, color, thing, background = rng.choice(SHAPES.counts), None, None, None
+    else:
+        count, color, thing, background = prompt.count or "one", prompt.color, prompt.object, prompt.background
+    return Scene(
+        count=SHAPES.counts.index(count) + 1,
+        color=color or rng.choice(SHAPES.colors),
+        object=thing or rng.choice(SHAPES.objects),
+        background=background or rng.choice(SHAPES.backgrounds),
+    )
+
+
+def draw(scene: Scene, rng: random.Random) -> Image.Image:
+    """A drawing of the scene, (SIZE, SIZE) RGB: places, sizes, tilt and shades are drawn from `rng`."""
+    shade = rng.uniform(-8, 8)
+    background = _shade(BACKGROUNDS[scene.background], shade)
+    color = _shade(COLORS[scene.color], rng.uniform(-10, 10))
+    large = Image.new("RGB", (SIZE * SUPERSAMPLE, SIZE * SUPERSAMPLE), background)
+    pen = ImageDraw.Draw(large)
+    for x, y, radius in _places(scene.count, rng):
+        outline = _outline(scene.object, x, y, radius, rng.uniform(-0.15, 0.15))
+        pen.polygon([(SUPERSAMPLE * px, SUPERSAMPLE * py) for px, py in outline], fill=color)
+    return large.resize((SIZE, SIZE), Image.Resampling.BOX)
+
+
+def _shade(color: tuple[int, int, int], amount: float) -> tuple[int, int, int]:
+    red, green, blue = (min(255, max(0, round(channel + amount))) for channel in color)
+    return red, green, blue
+
+
+def _places(count: int, rng: random.Random) -> list[tuple[float, float, float]]:
+    """Centers and radii of `count` circles inside the frame that stay two pixels apart."""
+    while True:  # starting over after a crowded beginning keeps the places uniform
+        placed: list[tuple[float, float, float]] = []
+        for _ in range(60):
+            radius = rng.uniform(*RADII[count])
+            x, y = (rng.uniform(radius + 1, SIZE - 1 - radius) for _ in range(2))
+            if all(math.hypot(x - u, y - v) > radius + other + 2 for u, v, other in placed):
+                placed.append((x, y, radius))
+            if len(placed) == count:
+                return placed
+
+
+def _outline(shape: str, x: float, y: float, radius: float, tilt: float) -> list[tuple[float, float]]:
+    """The corners of a shape inside the circle (x, y, radius)."""
+    if shape == "circle":
+        corners = [(0.88, 2 * math.pi * k / 48) for k in range(48)]
+    elif shape == "star":
+        corners = [(1.0 if k % 2 == 0 else 0.45, 2 * math.pi * k / 10) for k in range(10)]
+    else:
+        sides = {"triangle": 3, "square": 4}[shape]
+        turn = math.pi / 4 if shape == "square" else 0.0
+        corners = [(1.0, 2 * math.pi * k / sides + turn) for k in range(sides)]
+    return [(x + radius * r * math.sin(angle + tilt), y - radius * r * math.cos(angle + tilt)) for r, angle in corners]

@@ -1,0 +1,78 @@
+"""The main job on the embedded world: prompts of the SHAPES grammar, the simulated annotator, fresh drawings."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from PIL import Image
+
+from ..prompts import CATEGORIES, SHAPES, Prompt, all_prompts, contrastive, corrupt, parse, split
+from ..task import Task, TestItem
+from .annotator import judge
+from .scenes import draw, sample_scene
+
+CAPTION_NOISE = 0.3  # of the pre-training captions, see pretrain.py
+FEEDBACK_SEEDS, TEST_SEEDS = 1_000_000, 2_000_000  # starting noise of the two never meets
+
+
+def shapes_task(images: int, labels: int, test_images: int, pretrain_images: int, seed: int) -> Task:
+    """Draw `images` for the seen prompts, label `labels` of them, test on `test_images` of seen and unseen prompts.
+
+    A quarter of the prompts of each category is held out as unseen: no feedback and no pre-training pair of the
+    fine-tuning shows one. Both sets are spread evenly over the categories.
+    """
+    seen, unseen = split(SHAPES)
+    rng = random.Random(seed)
+    drawn = [prompt.text for prompt in _spread(seen, images, rng)]
+    test: list[TestItem] = []
+    for name, prompts in (("seen", seen), ("unseen", unseen)):
+        for prompt in _spread(prompts, test_images // 2, rng):
+            test.append(TestItem(prompt.text, TEST_SEEDS + seed * 100_000 + len(test), (prompt.category, name)))
+
+    def contrastive_texts(text: str, number: int, rng: random.Random) -> list[str]:
+        return [other.text for other in contrastive(_parse(text), number, SHAPES, rng)]
+
+    def judge_texts(pictures: Sequence[Image.Image], texts: Sequence[str]) -> list[str]:
+        return judge(pictures, [_parse(text) for text in texts])
+
+    def pretrain() -> list[tuple[str, Image.Image]]:
+        rng = random.Random(seed + 1)
+        pairs = []
+        for prompt in _spread(seen, pretrain_images, rng):
+            caption = corrupt(prompt, CAPTION_NOISE, SHAPES, rng)
+            pairs.append((caption.text, draw(sample_scene(prompt, rng), rng)))
+        return pairs
+
+    def reference() -> list[Image.Image]:
+        rng = random.Random(seed + 2)
+        return [draw(sample_scene(_parse(item.prompt), rng), rng) for item in test]
+
+    return Task(
+        contrastive_texts,
+        test,
+        draw=[(text, FEEDBACK_SEEDS + seed * 100_000 + i) for i, text in enumerate(drawn)],
+        labels=labels,
+        judge=judge_texts,
+        judge_name="simulated annotator",
+        pretrain=pretrain,
+        reference=reference,
+    )
+
+
+def _parse(text: str) -> Prompt:
+    prompt = parse(text, SHAPES)
+    if prompt is None:
+        raise ValueError(f"{text!r} is not a prompt of the embedded world, such as {all_prompts(SHAPES)[-1].text!r}")
+    return prompt
+
+
+def _spread(prompts: list[Prompt], number: int, rng: random.Random) -> list[Prompt]:
+    """`number` prompts, every category equally often and within it every prompt."""
+    chosen = []
+    for i, category in enumerate(CATEGORIES):
+        pool = [prompt for prompt in prompts if prompt.category == category]
+        share = number // len(CATEGORIES) + (i < number % len(CATEGORIES))
+        rounds = [rng.sample(pool, len(pool)) for _ in range(-(-share // len(pool)))]
+        chosen += [prompt for one in rounds for prompt in one][:share]
+    return chosen

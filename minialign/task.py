@@ -1,0 +1,60 @@
+"""What a run of the main job is about: which images are judged, by whom, and on what the result is tested.
+
+`finetune.py` runs the method on any `Task`. The embedded world's is in shapes/task.py; `own_task` is made of a file of
+labels that people gave.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from .feedback import read_feedback
+
+
+@dataclass(frozen=True)
+class TestItem:
+    """One image of the evaluation: drawn from `seed` before and after; `groups` such as ("count", "seen")."""
+
+    prompt: str
+    seed: int
+    groups: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything the main job needs besides a pipeline and a CLIP model."""
+
+    contrastive: Callable[[str, int, random.Random], list[str]]  # prompts with other semantics than one
+    test: list[TestItem]
+    draw: list[tuple[str, int]] = field(default_factory=list)  # (prompt, seed) to draw for feedback
+    given: list[tuple[str, Path, str]] = field(default_factory=list)  # or (prompt, image, verdict) that are there
+    labels: int = 0  # how many of the drawn images are labelled
+    judge: Callable[[Sequence[Image.Image], Sequence[str]], list[str]] | None = None  # labeller of drawn images
+    judge_name: str = "reward model"  # who judges alignment in the evaluation
+    pretrain: Callable[[], list[tuple[str, Image.Image]]] | None = None  # captioned images like the pre-training data
+    reference: Callable[[], list[Image.Image]] | None = None  # what good images look like, for the Frechet distance
+
+
+def own_task(feedback: Path, test_images: int, seed: int) -> Task:
+    """A task from a label file (see `read_feedback`); contrastive prompts are the file's other prompts.
+
+    With nobody to judge new images, the reward model judges them, and the images labelled good are the reference.
+    """
+    rows = read_feedback(feedback)
+    prompts = list(dict.fromkeys(prompt for prompt, _, _ in rows))
+    good = [path for _, path, verdict in rows if verdict == "good"]
+
+    def contrastive(prompt: str, number: int, rng: random.Random) -> list[str]:
+        others = [other for other in prompts if other != prompt]
+        return rng.sample(others, min(number, len(others)))
+
+    def reference() -> list[Image.Image]:
+        return [Image.open(path).convert("RGB") for path in good]
+
+    test = [TestItem(prompts[i % len(prompts)], seed + i, ("seen",)) for i in range(test_images)]
+    return Task(contrastive, test, given=rows, reference=reference)

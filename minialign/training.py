@@ -1,0 +1,155 @@
+"""What every training run needs: learning rates, moving averages, stateless randomness, checkpoints on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+def generator(*key: int) -> torch.Generator:
+    """A random generator that depends on the key alone, so that any step can be replayed without those before it."""
+    state = 0
+    for part in key:  # a multiplicative hash (Knuth 1998, section 6.4) keeps neighbouring keys apart
+        state = ((state ^ part) * 0x9E3779B97F4A7C15 + 0x7F4A7C15) % 2**63
+    return torch.Generator().manual_seed(state)
+
+
+def permutation(size: int, seed: int, epoch: int) -> Tensor:
+    """The order of `size` items in an epoch."""
+    return torch.randperm(size, generator=generator(seed, epoch))
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, decay: float = 1.0) -> float:
+    """Linear warm-up over `warmup` steps, constant, then cosine to zero over the last fraction `decay`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    start = steps * (1 - decay)
+    if step < start or decay == 0:
+        return peak
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - start) / (steps - start)))
+
+
+class EMA:
+    """Exponential moving average of a model's weights: shadow <- decay * shadow + (1 - decay) * weights."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """After step `step` (from 0). Young averages follow faster, so that they do not keep the first weights."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.weights.values()), [p.detach() for p in model.parameters()], 1 - decay)
+
+
+def progress(items: Iterable[T], description: str, total: int | None = None, done: int = 0) -> Iterator[T]:
+    """A progress bar on stderr with rate and time left."""
+    yield from tqdm(items, description, total, initial=done, file=sys.stderr, dynamic_ncols=True, mininterval=0.5)
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write a file or folder to; flushed and renamed to `path` at the end.
+
+    A killed process leaves the old content or the new, never a part.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        for file in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
+            _flush(file)
+        if path.is_dir():  # a folder cannot be replaced in one step: move the old one aside first
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            os.replace(path, old)
+            os.replace(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
+        _flush(path.parent)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    with atomic(path) as temporary:
+        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary, metadata)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def save_checkpoint(
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None = None
+) -> None:
+    """Write `folder`/step-N and remove the older ones. `step` is the number of finished steps."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{key}.{names[index]}": torch.as_tensor(value) for key, value in state.items()}
+    if ema is not None:
+        tensors |= {f"ema.{name}": weight for name, weight in ema.weights.items()}
+    with atomic(folder / f"step-{step}") as temporary:
+        temporary.mkdir()
+        write_tensors(temporary / "state.safetensors", tensors)
+    for old in checkpoints(folder)[:-1]:
+        shutil.rmtree(old)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name[5:]))
+
+
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None = None) -> int:
+    """Restore the newest checkpoint in place; the number of steps it had finished, 0 where there is none."""
+    found = checkpoints(folder)
+    if not found:
+        return 0
+    tensors = read_tensors(found[-1] / "state.safetensors")
+    state = optimizer.state_dict()
+    with torch.no_grad():
+        for index, (name, p) in enumerate((n, p) for n, p in model.named_parameters() if p.requires_grad):
+            p.copy_(tensors[f"model.{name}"])
+            state["state"][index] = {"step": tensors[f"optimizer.step.{name}"]}
+            for key in ("exp_avg", "exp_avg_sq"):  # in the layout of the weights, which fused AdamW takes for granted
+                state["state"][index][key] = torch.empty_like(p).copy_(tensors[f"optimizer.{key}.{name}"])
+        if ema is not None:
+            for name, weight in ema.weights.items():
+                weight.copy_(tensors[f"ema.{name}"])
+    optimizer.load_state_dict(state)
+    return int(found[-1].name[5:])
