@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -25,7 +26,7 @@ def in_range(kind: type, low: float, high: float = float("inf")) -> Callable[[st
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not low <= value <= high:
+        if value is None or not math.isfinite(value) or not low <= value <= high:
             what = "a whole number" if kind is int else "a number"
             accepted = f"from {low} up" if high == float("inf") else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text!r}; accepted: {what} {accepted}")

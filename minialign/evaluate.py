@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+
+from .generate import draw
+from .models.clip import CLIP
+from .pipeline import Pipeline
+from .reward import RewardModel, embed_images, embed_texts
+from .task import Task
+from .training import atomic, write_json
+
+SAMPLES = 8  # before/after pairs of each group that the report shows
 
 
 def wilson_interval(good: int, total: int, z: float = 1.96) -> list[float]:
@@ -67,3 +78,81 @@ def diversity(features: Tensor, prompts: Sequence[str]) -> float | None:
         total += float(n * (n - 1) - (gram.sum() - gram.trace()))
         pairs += n * (n - 1)
     return total / pairs if pairs else None
+
+
+def judge_both(
+    before: Pipeline,
+    after: Pipeline,
+    task: Task,
+    clip: CLIP,
+    reward: RewardModel,
+    sampling: dict[str, Any],
+    folder: Path,
+) -> dict[str, Any]:
+    """Alignment, readability, fidelity and diversity of both pipelines on the task's test items, and sample pairs."""
+    items = [(item.prompt, item.seed) for item in task.test]
+    prompts = [item.prompt for item in task.test]
+    text = embed_texts(clip, prompts)
+    reference = embed_images(clip, task.reference()) if task.reference else None
+    aligned: dict[str, list[float]] = {}
+    drawn: dict[str, list[Image.Image]] = {}
+    verdicts: dict[str, list[str]] = {}
+    measured: dict[str, dict[str, float | None]] = {"readable": {}, "fidelity": {}, "diversity": {}, "reward": {}}
+    for side, pipe in (("before", before), ("after", after)):
+        drawn[side] = list(draw(pipe, items, **sampling, title=f"draw {side}"))
+        features = embed_images(clip, drawn[side])
+        score = reward(features, text)
+        if task.judge:
+            verdicts[side] = task.judge(drawn[side], prompts)
+        else:
+            verdicts[side] = ["good" if value > 0.5 else "bad" for value in score.tolist()]
+        aligned[side] = [float(verdict == "good") for verdict in verdicts[side]]
+        measured["readable"][side] = sum(v != "skip" for v in verdicts[side]) / len(items) if task.judge else None
+        measured["fidelity"][side] = frechet_distance(features, reference) if reference is not None else None
+        measured["diversity"][side] = diversity(features, prompts)
+        measured["reward"][side] = float(score.mean())
+    write_samples(folder, task, drawn, verdicts)
+    mean_reward = measured.pop("reward")
+    alignment = compare([item.groups for item in task.test], aligned["before"], aligned["after"])
+    return {"alignment": alignment, "judge": task.judge_name, **measured, "mean_reward": mean_reward}
+
+
+def write_samples(
+    folder: Path, task: Task, drawn: dict[str, list[Image.Image]], verdicts: dict[str, list[str]]
+) -> None:
+    """Before/after pairs for the report: the first few of each group, not chosen by hand."""
+    shown: dict[tuple[str, ...], list[int]] = {}
+    for i, item in enumerate(task.test):
+        shown.setdefault(item.groups, []).append(i)
+    samples = []
+    for groups, rows in shown.items():
+        for i in rows[:SAMPLES]:
+            item = task.test[i]
+            entry: dict[str, Any] = {"prompt": item.prompt, "seed": item.seed}
+            entry |= {"category": groups[0] if len(groups) > 1 else None, "split": groups[-1]}
+            for side in ("before", "after"):
+                name = f"samples/{side}-{i:04d}.png"
+                with atomic(folder / name) as temporary:
+                    drawn[side][i].save(temporary, format="PNG")
+                entry[side] = {"image": name, "verdict": verdicts[side][i]}
+            samples.append(entry)
+    write_json(folder / "samples.json", {"judge": task.judge_name, "samples": samples})
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The table of before and after that ends a run."""
+    alignment = results["alignment"]
+    lines = [
+        f"{'aligned (' + results['judge'] + ')':32}{'before':>8}{'after':>8}{'gain':>8}   95 % interval of the gain"
+    ]
+    for name, value in alignment["before"].items():
+        low, high = alignment["ci95"]["gain"][name]
+        after = alignment["after"][name]
+        lines.append(
+            f"  {name:30}{value:8.1%}{after:8.1%}{100 * (after - value):+8.1f}   {100 * low:+.1f} to {100 * high:+.1f}"
+        )
+    for name, note in (("readable", ""), ("fidelity", " (Frechet, lower is better)"), ("diversity", "")):
+        before, after = results[name]["before"], results[name]["after"]
+        if before is not None:
+            lines.append(f"{name + note:32}{before:8.3f}{after:8.3f}{after - before:+8.3f}")
+    return "\n".join(lines)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,15 +25,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from . import evaluate
 from .command import Parser, in_range, run_command
+from .evaluate import judge_both, summary
 from .feedback import FeedbackStore
-from .generate import draw, draw_to_folder
+from .generate import draw_to_folder
 from .loss import reward_weighted_loss
 from .models.clip import CLIP
 from .models.pretrained import InputError
 from .pipeline import Pipeline
-from .reward import RewardModel, area_under_curve, calibration, embed_images, embed_texts, train_reward
+from .reward import RewardModel, learn_reward
 from .shapes.task import shapes_task
 from .task import Task, own_task
 from .training import (
@@ -45,7 +45,6 @@ from .training import (
     read_tensors,
     save_checkpoint,
     write_json,
-    write_tensors,
 )
 
 EMBEDDED_DEFAULTS: dict[str, Any] = {  # chosen on other seeds than the tested ones, see docs/results.md
@@ -77,9 +76,6 @@ OWN_DEFAULTS: dict[str, Any] = {  # the paper's learning rate, beta and reward; 
 }
 PRETRAIN_SHARE = 0.25  # of a batch's rows; each term is averaged over its own rows, so this changes noise alone
 PROMPT_DROPOUT = 0.1  # of the prompts are left out, so that guidance keeps its unconditional model
-HELD_OUT = 0.2  # of the labelled prompts judge the reward model
-CONTRASTIVE = 7  # prompts of other semantics for each pair, the paper's N - 1
-SAMPLES = 8  # before/after pairs of each group that the report shows
 
 
 @dataclass(frozen=True)
@@ -121,41 +117,53 @@ def finetune(
     first = load_checkpoint(folder, unet, optimizer)
     pretrain_rows = round(PRETRAIN_SHARE * batch_size) if beta > 0 and pretrain_images is not None else 0
     is_pretrain = torch.arange(batch_size, device=device) >= batch_size - pretrain_rows
-    weight = reward.mean().expand(batch_size)
     unet.train()
     for step in progress(range(first, steps), "fine-tune", steps, first):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak_learning_rate, warmup=min(20, steps))
         g = generator(seed, 5, step)
-        chosen = torch.multinomial(reward.cpu(), batch_size - pretrain_rows, replacement=True, generator=g)
+        chosen, weight = draw_by_reward(reward, batch_size - pretrain_rows, g)
         x0, rows = _sample(model_images, chosen, g)
         if pretrain_images is not None and pretrain_rows:
             others = torch.randint(len(pretrain_images.row), (pretrain_rows,), generator=g)
-            more, more_rows = _sample(pretrain_images, others, g)
+            more, more_rows = _sample(pretrain_images, others.to(device), g)
             x0, rows = torch.cat([x0, more]), torch.cat([rows, more_rows])
         rows[torch.rand(batch_size, generator=g).to(device) < PROMPT_DROPOUT] = len(context) - 1
         noise = torch.randn(x0.shape, generator=g).to(device)
         t = torch.randint(len(schedule.alphas_cumprod), (batch_size,), generator=g).to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             prediction = unet(schedule.add_noise(x0, noise, t), t, context[rows])
-            loss = reward_weighted_loss(prediction, schedule.target(x0, noise, t), weight, is_pretrain, beta)
+            target = schedule.target(x0, noise, t)
+            loss = reward_weighted_loss(prediction, target, weight.expand(batch_size), is_pretrain, beta)
         loss.backward()
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % 10 == 0 or step + 1 == steps:
-            value = loss.item()
-            if value != value or value == float("inf"):
-                raise InputError(f"step {step + 1}: the loss is {value}; the last good checkpoint is in {folder}")
-            log({"step": step + 1, "loss": value, "learning_rate": optimizer.param_groups[0]["lr"]})
+            row = {"step": step + 1, "loss": loss.item(), "learning_rate": optimizer.param_groups[0]["lr"]}
+            if not math.isfinite(row["loss"]):
+                raise InputError(f"step {step + 1}: the loss is {loss}; the last good checkpoint is in {folder}")
+            errors = (prediction.detach().float() - target).square().flatten(1).mean(1)
+            row["model_loss"] = errors[~is_pretrain].mean().item()
+            if pretrain_rows:
+                row["pretrain_loss"] = errors[is_pretrain].mean().item()
+            log(row)
         if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
             save_checkpoint(folder, step + 1, unet, optimizer)
     unet.eval()
 
 
+def draw_by_reward(reward: Tensor, number: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """`number` row numbers drawn in proportion to reward (N,), and the weight () of each: the mean reward.
+
+    The expectation is that of weighting uniform draws by their reward: sum_i (r_i / sum r) mean(r) f_i = mean(r f).
+    """
+    chosen = torch.multinomial(reward.double().cpu(), number, replacement=True, generator=g)
+    return chosen.to(reward.device), reward.mean()
+
+
 def _sample(images: Latents, chosen: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
     """x_0 of chosen images, drawn anew from the VAE's Gaussian, and their prompts' rows."""
-    chosen = chosen.to(images.mean.device)
     mean = images.mean[chosen]
     return mean + images.std[chosen] * torch.randn(mean.shape, generator=g).to(mean), images.row[chosen]
 
@@ -286,56 +294,6 @@ def label(store: FeedbackStore, task: Task, pictures: Sequence[Image.Image], see
     store.add_labels(task.judge_name, zip([images[i].id for i in part], verdicts))
 
 
-def learn_reward(
-    task: Task,
-    clip: CLIP,
-    pictures: Sequence[Image.Image],
-    prompts: Sequence[str],
-    labels: dict[int, float],
-    settings: dict[str, Any],
-    folder: Path,
-    log: Callable[[dict[str, Any]], None],
-) -> None:
-    """Train the reward model on `labels` (image number -> 0 or 1), measure it on held-out prompts, score all images."""
-    if not any(labels.values()):
-        raise InputError(f"none of the {len(labels)} labels is good: there is nothing to learn from")
-    image, text = embed_images(clip, pictures), embed_texts(clip, prompts)
-    rng = random.Random(settings["seed"])
-    groups = sorted({prompts[i] for i in labels})
-    held_out = set(rng.sample(groups, round(HELD_OUT * len(groups))))
-    train = [i for i in labels if prompts[i] not in held_out]
-    test = [i for i in labels if prompts[i] in held_out]
-    if not any(labels[i] for i in train):  # too few labels to spare any
-        train, test = list(labels), []
-    choices = [task.contrastive(prompts[i], CONTRASTIVE, rng) for i in train]
-    number = min(len(choice) for choice in choices)
-    flat = embed_texts(clip, [text for choice in choices for text in choice[:number]] or [""])
-    contrast = flat[: len(train) * number].reshape(len(train), number, clip.width)
-    config = {"width": clip.width, "hidden": settings["hidden"], "clip": settings["clip"]}
-    label = torch.tensor([labels[i] for i in train], device=image.device)
-    model = train_reward(
-        image[train], text[train], contrast, label, config,
-        temperature=settings["temperature"], seed=settings["seed"], log=log,
-    )  # fmt: skip
-    score = model(image, text)
-    truth = torch.tensor([labels[i] for i in test], device=image.device)
-    cosine = torch.cosine_similarity(image[test], text[test])
-    write_tensors(folder / "cache" / "reward.safetensors", {"reward": score})
-    model.save_pretrained(folder / "reward")
-    write_json(
-        folder / "reward" / "held_out.json",
-        {
-            "accuracy": float(((score[test] > 0.5) == (truth > 0.5)).float().mean()) if test else None,
-            "auc": area_under_curve(score[test], truth),
-            "clip_score_auc": area_under_curve(cosine, truth),
-            "labels": len(labels),
-            "held_out": len(test),
-            "good_fraction": sum(labels.values()) / len(labels),
-            "calibration": calibration(score[test], truth),
-        },
-    )
-
-
 def finetune_pipeline(
     pipe: Pipeline,
     task: Task,
@@ -369,82 +327,6 @@ def finetune_pipeline(
     )  # fmt: skip
     with atomic(folder / "model") as temporary:
         pipe.save_pretrained(temporary)
-
-
-def judge_both(
-    before: Pipeline,
-    after: Pipeline,
-    task: Task,
-    clip: CLIP,
-    reward: RewardModel,
-    sampling: dict[str, Any],
-    folder: Path,
-) -> dict[str, Any]:
-    """Alignment, readability, fidelity and diversity of both pipelines on the task's test items, and sample pairs."""
-    items = [(item.prompt, item.seed) for item in task.test]
-    prompts = [item.prompt for item in task.test]
-    text = embed_texts(clip, prompts)
-    reference = embed_images(clip, task.reference()) if task.reference else None
-    aligned: dict[str, list[float]] = {}
-    drawn: dict[str, list[Image.Image]] = {}
-    verdicts: dict[str, list[str]] = {}
-    measured: dict[str, dict[str, float | None]] = {"readable": {}, "fidelity": {}, "diversity": {}, "reward": {}}
-    for side, pipe in (("before", before), ("after", after)):
-        drawn[side] = list(draw(pipe, items, **sampling, title=f"draw {side}"))
-        features = embed_images(clip, drawn[side])
-        score = reward(features, text)
-        if task.judge:
-            verdicts[side] = task.judge(drawn[side], prompts)
-        else:
-            verdicts[side] = ["good" if value > 0.5 else "bad" for value in score.tolist()]
-        aligned[side] = [float(verdict == "good") for verdict in verdicts[side]]
-        measured["readable"][side] = sum(v != "skip" for v in verdicts[side]) / len(items) if task.judge else None
-        measured["fidelity"][side] = evaluate.frechet_distance(features, reference) if reference is not None else None
-        measured["diversity"][side] = evaluate.diversity(features, prompts)
-        measured["reward"][side] = float(score.mean())
-    write_samples(folder, task, drawn, verdicts)
-    mean_reward = measured.pop("reward")
-    alignment = evaluate.compare([item.groups for item in task.test], aligned["before"], aligned["after"])
-    return {"alignment": alignment, "judge": task.judge_name, **measured, "mean_reward": mean_reward}
-
-
-def write_samples(folder: Path, task: Task, drawn: dict[str, list], verdicts: dict[str, list[str]]) -> None:
-    """Before/after pairs for the report: the first few of each group, not chosen by hand."""
-    shown: dict[tuple[str, ...], list[int]] = {}
-    for i, item in enumerate(task.test):
-        shown.setdefault(item.groups, []).append(i)
-    samples = []
-    for groups, rows in shown.items():
-        for i in rows[:SAMPLES]:
-            item = task.test[i]
-            entry: dict[str, Any] = {"prompt": item.prompt, "seed": item.seed}
-            entry |= {"category": groups[0] if len(groups) > 1 else None, "split": groups[-1]}
-            for side in ("before", "after"):
-                name = f"samples/{side}-{i:04d}.png"
-                with atomic(folder / name) as temporary:
-                    drawn[side][i].save(temporary, format="PNG")
-                entry[side] = {"image": name, "verdict": verdicts[side][i]}
-            samples.append(entry)
-    write_json(folder / "samples.json", {"judge": task.judge_name, "samples": samples})
-
-
-def summary(results: dict[str, Any]) -> str:
-    """The table of before and after that ends a run."""
-    alignment = results["alignment"]
-    lines = [
-        f"{'aligned (' + results['judge'] + ')':32}{'before':>8}{'after':>8}{'gain':>8}   95 % interval of the gain"
-    ]
-    for name, value in alignment["before"].items():
-        low, high = alignment["ci95"]["gain"][name]
-        after = alignment["after"][name]
-        lines.append(
-            f"  {name:30}{value:8.1%}{after:8.1%}{100 * (after - value):+8.1f}   {100 * low:+.1f} to {100 * high:+.1f}"
-        )
-    for name, note in (("readable", ""), ("fidelity", " (Frechet, lower is better)"), ("diversity", "")):
-        before, after = results[name]["before"], results[name]["after"]
-        if before is not None:
-            lines.append(f"{name + note:32}{before:8.3f}{after:8.3f}{after - before:+8.3f}")
-    return "\n".join(lines)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -492,8 +374,7 @@ def main() -> None:
     else:
         settings["feedback"] = str(args.feedback)
         task = own_task(args.feedback, settings["test_images"], settings["seed"])
-    if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise InputError(f"--out {folder}: not a folder that can be written")
+    check_writable(folder)
     if args.fresh and folder.exists():
         remove_run(folder)
     results = run(settings, task, folder, device)
@@ -501,6 +382,13 @@ def main() -> None:
 
     report = write_report(folder)
     print(f"\n{summary(results)}\n\n{results['seconds']['total']:.0f} s in all. Report: {report}")
+
+
+def check_writable(folder: Path) -> None:
+    """InputError unless `folder` is one that can be written, or can be made in one."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise InputError(f"--out {folder}: not a folder that can be written")
 
 
 def remove_run(folder: Path) -> None:

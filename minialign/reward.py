@@ -7,6 +7,7 @@ L     = L_mse + lambda L_pc
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +19,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .models.clip import CLIP
-from .models.pretrained import load_network, save_network
-from .training import atomic, generator, progress
+from .models.pretrained import InputError, load_network, save_network
+from .task import Task
+from .training import atomic, generator, progress, write_json, write_tensors
+
+HELD_OUT = 0.2  # of the labelled prompts judge the reward model
+CONTRASTIVE = 7  # prompts of other semantics for each pair, the paper's N - 1
 
 
 class RewardModel(nn.Module):
@@ -151,3 +156,53 @@ def calibration(reward: Tensor, label: Tensor, bins: int = 10) -> list[dict[str,
         for i in range(bins)
         if (place == i).any()
     ]
+
+
+def learn_reward(
+    task: Task,
+    clip: CLIP,
+    pictures: Sequence[Image.Image],
+    prompts: Sequence[str],
+    labels: dict[int, float],
+    settings: dict[str, Any],
+    folder: Path,
+    log: Callable[[dict[str, Any]], None],
+) -> None:
+    """Train the reward model on `labels` (image number -> 0 or 1), measure it on held-out prompts, score all images."""
+    if not any(labels.values()):
+        raise InputError(f"none of the {len(labels)} labels is good: there is nothing to learn from")
+    image, text = embed_images(clip, pictures), embed_texts(clip, prompts)
+    rng = random.Random(settings["seed"])
+    groups = sorted({prompts[i] for i in labels})
+    held_out = set(rng.sample(groups, round(HELD_OUT * len(groups))))
+    train = [i for i in labels if prompts[i] not in held_out]
+    test = [i for i in labels if prompts[i] in held_out]
+    if not any(labels[i] for i in train):  # too few labels to spare any
+        train, test = list(labels), []
+    choices = [task.contrastive(prompts[i], CONTRASTIVE, rng) for i in train]
+    number = min(len(choice) for choice in choices)
+    flat = embed_texts(clip, [text for choice in choices for text in choice[:number]] or [""])
+    contrast = flat[: len(train) * number].reshape(len(train), number, clip.width)
+    config = {"width": clip.width, "hidden": settings["hidden"], "clip": settings["clip"]}
+    label = torch.tensor([labels[i] for i in train], device=image.device)
+    model = train_reward(
+        image[train], text[train], contrast, label, config,
+        temperature=settings["temperature"], seed=settings["seed"], log=log,
+    )  # fmt: skip
+    score = model(image, text)
+    truth = torch.tensor([labels[i] for i in test], device=image.device)
+    cosine = torch.cosine_similarity(image[test], text[test])
+    write_tensors(folder / "cache" / "reward.safetensors", {"reward": score})
+    model.save_pretrained(folder / "reward")
+    write_json(
+        folder / "reward" / "held_out.json",
+        {
+            "accuracy": float(((score[test] > 0.5) == (truth > 0.5)).float().mean()) if test else None,
+            "auc": area_under_curve(score[test], truth),
+            "clip_score_auc": area_under_curve(cosine, truth),
+            "labels": len(labels),
+            "held_out": len(test),
+            "good_fraction": sum(labels.values()) / len(labels),
+            "calibration": calibration(score[test], truth),
+        },
+    )

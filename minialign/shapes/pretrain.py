@@ -279,38 +279,28 @@ def train_clip(
 
 
 @torch.no_grad()
-def encode_dataset(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Latent means and standard deviations of all images, scaled to unit variance, and that scaling factor."""
-    parts = [vae.encode(to_pixels(chunk)) for chunk in progress(images.split(256), "encode")]
-    mean = torch.cat([mean for mean, _ in parts])
-    std = torch.cat([(0.5 * logvar).exp() for _, logvar in parts])
-    factor = 1 / (mean.var() + std.square().mean()).sqrt().item()
-    return mean * factor, std * factor, factor
+def encode_dataset(vae: VAE, images: Tensor, path: Path) -> dict[str, Tensor]:
+    """Latent "mean" and "std" of all images, scaled to unit variance by "factor"; kept in the file `path`."""
+    if not path.exists():
+        parts = [vae.encode(to_pixels(chunk)) for chunk in progress(images.split(256), "encode")]
+        mean = torch.cat([mean for mean, _ in parts])
+        std = torch.cat([(0.5 * logvar).exp() for _, logvar in parts])
+        factor = (mean.var() + std.square().mean()).rsqrt()
+        write_tensors(path, {"mean": mean * factor, "std": std * factor, "factor": factor})
+    return read_tensors(path)
 
 
 def train_unet(
-    mean: Tensor,
-    std: Tensor,
-    context: Tensor,
-    captions: Captions,
-    folder: Path,
-    steps: int,
-    seed: int,
-    noisy_from: float = 0.75,
-    batch: int = 64,
-) -> UNet:
-    """The denoising loss with captions dropped for guidance one time in ten; words are noisy in the last part only."""
-    torch.manual_seed(seed)
+    unet: UNet, latents: dict[str, Tensor], context: Tensor, captions: Captions, folder: Path, steps: int, seed: int,
+    *, lr: float, decay: float, batch: int = 64,
+) -> None:  # fmt: skip
+    """The denoising loss, in place, with captions dropped for guidance one time in ten."""
     schedule = NoiseSchedule.from_config(SCHEDULER_CONFIG)
-    unet = UNet(UNET_CONFIG)
-    start_near_identity(unet)
-    nn.init.zeros_(unet.conv_out.weight)
-    final_noise = captions.noise
+    mean, std = latents["mean"], latents["std"]
 
     def loss_at(step: int) -> Tensor:
         g = generator(seed, 3, step)
         chosen = torch.randint(len(mean), (batch,), generator=g)
-        captions.noise = final_noise if step >= noisy_from * steps else 0.0
         rows = captions(chosen, step)
         rows[torch.rand(batch, generator=g) < 0.1] = len(captions.texts) - 1
         noise, sample = torch.randn(2, batch, *mean.shape[1:], generator=g)
@@ -318,11 +308,11 @@ def train_unet(
         # stratified timesteps: each batch covers the whole schedule evenly (Kingma et al. 2021, section I.1)
         t = (torch.arange(batch) + torch.rand(batch, generator=g)) / batch * len(schedule.alphas_cumprod)
         t = t.long().clamp(max=len(schedule.alphas_cumprod) - 1)
-        x = schedule.add_noise(x0, noise, t)
-        return F.mse_loss(unet(x, t, context[rows]), schedule.target(x0, noise, t))
+        return F.mse_loss(unet(schedule.add_noise(x0, noise, t), t, context[rows]), schedule.target(x0, noise, t))
 
-    unet.load_state_dict(fit(unet, loss_at, steps, folder, lr=1e-3, decay=0.35, ema=0.999))
-    return unet.eval().requires_grad_(False)
+    unet.requires_grad_(True)
+    unet.load_state_dict(fit(unet, loss_at, steps, folder, lr=lr, decay=decay, ema=0.999))
+    unet.eval().requires_grad_(False)
 
 
 def main() -> None:
@@ -332,7 +322,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=48_000, help="number of drawings")
     parser.add_argument("--vae-steps", type=int, default=2_500, help="of 16 drawings")
     parser.add_argument("--clip-steps", type=int, default=1_500, help="of 256 captioned drawings")
-    parser.add_argument("--unet-steps", type=int, default=11_000, help="of 64 captioned drawings")
+    parser.add_argument("--unet-steps", type=int, default=10_000, help="of 64 drawings with clean captions")
+    parser.add_argument("--noisy-steps", type=int, default=2_000, help="of 64 drawings with noisy captions")
     parser.add_argument("--decoder-steps", type=int, default=2_000, help="of 16 drawings, for the VAE's decoder alone")
     parser.add_argument("--only", choices=("vae", "clip"), help="train one part and stop: the two can run side by side")
     a = parser.parse_args()
@@ -349,12 +340,17 @@ def main() -> None:
     clip.tokenizer, clip.preprocessing = tokenizer, PREPROCESSOR_CONFIG
     text_encoder = TextEncoder(clip.config["text_config"]).eval()
     text_encoder.text_model.load_state_dict(clip.text_model.state_dict())
-    captions = Captions(scenes, CAPTION_NOISE, a.seed + 1)
+    clean, noisy = (Captions(scenes, noise, a.seed + 1) for noise in (0.0, CAPTION_NOISE))
     with torch.no_grad():
-        context = text_encoder(tokenizer(captions.texts))
-    mean, std, vae.scaling_factor = encode_dataset(vae, images)
-    vae.config["scaling_factor"] = vae.scaling_factor
-    unet = train_unet(mean, std, context, captions, a.out / "unet", a.unet_steps, a.seed)
+        context = text_encoder(tokenizer(clean.texts))
+    latents = encode_dataset(vae, images, a.out / "latents.safetensors")
+    vae.scaling_factor = vae.config["scaling_factor"] = latents["factor"].item()
+    torch.manual_seed(a.seed)
+    unet = UNet(UNET_CONFIG)
+    start_near_identity(unet)
+    nn.init.zeros_(unet.conv_out.weight)
+    train_unet(unet, latents, context, clean, a.out / "unet", a.unet_steps, a.seed, lr=1e-3, decay=0.0)
+    train_unet(unet, latents, context, noisy, a.out / "noisy", a.noisy_steps, a.seed + 1, lr=5e-4, decay=1.0)
     with atomic(a.out / "checkpoint") as folder:
         pipe = Pipeline(unet, vae, text_encoder, tokenizer, NoiseSchedule.from_config(SCHEDULER_CONFIG))
         pipe.save_pretrained(folder, torch.float16)

@@ -1,0 +1,239 @@
+"""Fine-tuning and the main job: unbiased draws, the right direction, bit-identical resuming, files, clear errors."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from minialign import NoiseSchedule, Pipeline, RewardModel, finetune
+from minialign.command import run_command
+from minialign.evaluate import summary
+from minialign.finetune import Latents, draw_by_reward
+from minialign.models.unet import UNet
+from minialign.shapes.task import shapes_task
+
+UNET = {
+    "sample_size": 4,
+    "block_out_channels": [8, 8],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "layers_per_block": 1,
+    "cross_attention_dim": 6,
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+}
+
+
+def test_drawing_by_reward_has_the_expectation_of_weighting_by_it():
+    g = torch.Generator().manual_seed(0)
+    reward, f = torch.rand(50, generator=g), torch.randn(50, generator=g)
+    reward[:10] = 0
+    chosen, weight = draw_by_reward(reward, 400_000, g)
+    expected = (reward.double() * f).mean()
+    spread = (weight * f[chosen]).double().std() / len(chosen) ** 0.5
+    assert abs((weight * f[chosen]).double().mean() - expected) < 4 * spread
+    assert abs(f.double().mean() - expected) > 20 * spread  # uniform draws would be found out
+    assert not torch.isin(chosen, torch.arange(10)).any()  # what weighs nothing is never drawn
+
+
+def two_kinds(reward_of_first: float, steps: int, folder, stop_at: int | None = None, **how) -> UNet:
+    """A tiny UNet fine-tuned on two kinds of image for one prompt, +1 and -1 everywhere, weighted r and 1 - r."""
+    torch.manual_seed(0)
+    unet, schedule = UNet(UNET), NoiseSchedule.from_config({"prediction_type": "v_prediction"})
+    context = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(1))
+    sign = torch.tensor([1.0, -1.0]).repeat(4)[:, None, None, None]
+    images = Latents(sign.expand(8, 4, 4, 4), torch.full((8, 4, 4, 4), 0.01), torch.zeros(8, dtype=torch.long))
+    reward = torch.where(sign.flatten() > 0, reward_of_first, 1 - reward_of_first)
+
+    def log(row):
+        if stop_at is not None and row["step"] >= stop_at:
+            raise KeyboardInterrupt
+
+    settings = {"beta": 0.0, "batch_size": 8, "peak_learning_rate": 3e-3, "checkpoint_every": 5} | how
+    finetune.finetune(
+        unet, schedule, context, images, reward, images, folder, steps=steps, log=log, **settings
+    )  # fmt: skip
+    return unet
+
+
+def leaning(unet: UNet) -> float:
+    """The mean of x_0 predicted at the last timestep, from noise alone: positive for the first kind."""
+    context = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(1))[:1].expand(32, 5, 6)
+    noise = torch.randn(32, 4, 4, 4, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        return float(-unet(noise, torch.full((32,), 999), context).mean())  # v = -x_0 where abar is 0
+
+
+def test_finetuning_moves_toward_what_is_rewarded(tmp_path):
+    toward = leaning(two_kinds(0.9, 150, tmp_path / "a"))
+    against = leaning(two_kinds(0.1, 150, tmp_path / "b"))
+    held = leaning(two_kinds(0.9, 150, tmp_path / "c", beta=10.0))
+    # the optimum's mean is r - (1 - r): 0.8 and -0.8; the pre-training term pulls to an even mixture
+    assert toward > 0.5 and against < -0.5 and abs(held) < 0.4
+
+
+def test_a_resumed_finetuning_is_bit_identical(tmp_path):
+    whole = two_kinds(0.8, 20, tmp_path / "whole", beta=0.5)
+    with pytest.raises(KeyboardInterrupt):
+        two_kinds(0.8, 20, tmp_path / "parts", stop_at=10, beta=0.5)
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["step-5"]
+    resumed = two_kinds(0.8, 20, tmp_path / "parts", beta=0.5)
+    for a, b in zip(whole.parameters(), resumed.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_bfloat16_autocast_trains_float32_weights(tmp_path):
+    unet = two_kinds(0.8, 4, tmp_path, dtype=torch.bfloat16)
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in unet.parameters())
+
+
+SMALL = finetune.EMBEDDED_DEFAULTS | {
+    "seed": 0, "steps": 6, "batch_size": 8, "learning_rate": 1e-4, "sampling_steps": 4, "images": 64, "labels": 48,
+    "test_images": 24, "pretrain_images": 8, "hidden": 32, "model": None, "clip": None, "dtype": "float32",
+    "checkpoint_every": 3,
+}  # fmt: skip
+
+
+def small_run(folder, **changes):
+    settings = SMALL | changes
+    numbers = ("images", "labels", "test_images", "pretrain_images", "seed")
+    task = shapes_task(*(settings[key] for key in numbers))
+    return finetune.run(settings, task, folder, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "shapes"
+    return folder, small_run(folder)
+
+
+def test_the_main_job_leaves_what_it_promises(finished):
+    folder, results = finished
+    assert json.loads((folder / "results.json").read_text()) == results
+    groups = {"overall", "count", "color", "background", "combination", "seen", "unseen"}
+    for side in ("before", "after"):
+        assert set(results["alignment"][side]) == set(results["alignment"]["ci95"][side]) == groups
+        assert all(0 <= value <= 1 for value in results["alignment"][side].values())
+        assert results["fidelity"][side] >= 0 and 0 <= results["diversity"][side] <= 2
+    assert {"accuracy", "auc", "clip_score_auc"} <= set(results["reward"])
+    assert {"generate", "label", "reward", "finetune", "evaluate", "total"} == set(results["seconds"])
+    assert len(list((folder / "images").iterdir())) == 64
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-6"]
+    assert not list(folder.rglob("*.tmp"))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {row["stage"] for row in rows} == {"reward", "finetune"}
+    before, after = Pipeline.from_pretrained(), Pipeline.from_pretrained(folder / "model")
+    same = [torch.equal(a, b) for a, b in zip(before.unet.parameters(), after.unet.parameters())]
+    assert not any(same)
+    for part in ("vae", "text_encoder"):  # frozen
+        pairs = zip(getattr(before, part).parameters(), getattr(after, part).parameters())
+        assert all(torch.equal(a, b) for a, b in pairs)
+    assert RewardModel.from_pretrained(folder / "reward").config["width"] == 64
+    assert "simulated annotator" in summary(results)
+
+
+def test_a_finished_run_is_not_done_again(finished, monkeypatch):
+    folder, results = finished
+    for name in ("draw_to_folder", "label", "learn_reward", "finetune_pipeline", "judge_both"):
+        monkeypatch.setattr(finetune, name, None)  # calling it would fail
+    assert small_run(folder) == results
+    from minialign.models.pretrained import InputError
+
+    with pytest.raises(InputError, match="was begun with beta=0.1, not 0.5"):
+        small_run(folder, beta=0.5)
+
+
+@pytest.mark.parametrize("stage", ["draw_to_folder", "label", "learn_reward", "finetune_pipeline", "judge_both"])
+def test_a_run_that_died_in_a_stage_goes_on_to_the_same_weights(finished, tmp_path, monkeypatch, stage):
+    whole = getattr(finetune, stage)
+
+    def dies(*args, **kwargs):
+        whole(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetune, stage, dies)
+        small_run(tmp_path / "run")
+    results = small_run(tmp_path / "run")
+    for key in ("alignment", "fidelity", "diversity", "reward"):
+        assert results[key] == finished[1][key]
+    unets = [Pipeline.from_pretrained(folder / "model").unet for folder in (finished[0], tmp_path / "run")]
+    assert all(torch.equal(a, b) for a, b in zip(unets[0].parameters(), unets[1].parameters()))
+
+
+def command(monkeypatch, capsys, *arguments) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["finetune", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        run_command(finetune.main)
+    return stop.value.code, capsys.readouterr().err
+
+
+def own_images(folder, good: bool = True):
+    """A label file beside a few images drawn by the embedded pipeline."""
+    folder.mkdir(exist_ok=True)
+    prompts = ["a red circle", "two blue stars on the sand", "a square at night"] * 4
+    lines = []
+    for i, image in enumerate(Pipeline.from_pretrained().generate(prompts, steps=2, guidance=2.0)):
+        image.save(folder / f"{i}.png")
+        label = "good" if good and i % 3 == i % 2 else "bad"
+        lines.append(json.dumps({"prompt": prompts[i], "image": f"{i}.png", "label": label}))
+    (folder / "labels.jsonl").write_text("\n".join(lines))
+    return folder / "labels.jsonl"
+
+
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from minialign.models.pretrained import EMBEDDED
+
+    none_good = own_images(tmp_path / "none_good", good=False)
+    unreadable = own_images(tmp_path / "unreadable")
+    (tmp_path / "unreadable" / "3.png").write_bytes(b"no image")
+    (tmp_path / "file").write_text("")
+    clip = ("--clip", EMBEDDED / "clip", "--out", "run")
+    cases = [
+        (("--steps", 0), "--steps: '0'; accepted: a whole number from 1 up"),
+        (("--beta", -1), "--beta: '-1'; accepted: a number from 0 up"),
+        (("--beta", "nan"), "--beta: 'nan'; accepted"),
+        (("--batch-size", "many"), "--batch-size: 'many'; accepted: a whole number from 2 up"),
+        (("--learning-rate", 2), "--learning-rate: '2'; accepted: a number from 0 to 1"),
+        (("--dtype", "float8"), "--dtype: invalid choice: 'float8'"),
+        (("--device", "abacus"), "--device abacus: cannot be used"),
+        (("--wings",), "unrecognized arguments: --wings"),
+        (("--out", "file"), "--out file: not a folder that can be written"),
+        (("--out", "file/run"), "--out file/run: not a folder that can be written"),
+        (("--model", "x"), "--model and --feedback go together"),
+        (("--model", "no/such", "--feedback", unreadable.parent / "none.csv", *clip), "none.csv: cannot be read"),
+        (("--model", "./nowhere", "--feedback", none_good, *clip), "is labelled good"),
+        (("--model", EMBEDDED, "--feedback", unreadable, *clip), "3.png cannot be read"),
+    ]
+    fine = own_images(tmp_path / "fine")
+    cases += [
+        (("--model", "./nowhere", "--feedback", fine, *clip), "./nowhere: not found"),
+        (("--model", "someone/nothing", "--feedback", fine, *clip), "someone/nothing: neither a folder nor a hub id"),
+        (("--model", EMBEDDED, "--feedback", fine, "--clip", "./c", "--out", "run"), "./c: not found"),
+        (("--fresh", "--out", "fine"), "does not look like a run"),
+    ]
+    held = sorted(path.name for path in tmp_path.rglob("*"))
+    for arguments, message in cases:
+        code, err = command(monkeypatch, capsys, *arguments)
+        assert code == 2 and message in err and err.count("\n") == 1, (arguments, err)
+        assert err.startswith("error: ")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == held
+
+
+def test_own_images_go_through_the_same_code(tmp_path, monkeypatch, capsys):
+    from minialign.models.pretrained import EMBEDDED
+
+    labels = own_images(tmp_path / "images")
+    monkeypatch.setattr(finetune, "OWN_DEFAULTS", finetune.OWN_DEFAULTS | {"sampling_steps": 2, "test_images": 6})
+    arguments = ["--model", EMBEDDED, "--clip", EMBEDDED / "clip", "--feedback", labels, "--out", tmp_path / "run"]
+    code, err = command(monkeypatch, capsys, *arguments, "--steps", 3, "--batch-size", 4)
+    assert code == 0, err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["judge"] == "reward model" and results["counts"]["labels"] == 12
+    assert set(results["alignment"]["before"]) == {"overall", "seen"}
+    assert (tmp_path / "run" / "report.html").exists()
+    code, _ = command(monkeypatch, capsys, *arguments, "--steps", 4, "--batch-size", 4, "--fresh")
+    assert code == 0 and json.loads((tmp_path / "run" / "results.json").read_text())["settings"]["steps"] == 4

@@ -1,0 +1,94 @@
+"""The UNet of both Stable Diffusion families: values and gradients of the reference, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from comparisons import check_unet, golden, names
+
+from minialign.models.unet import UNet
+
+SMALL = {
+    "block_out_channels": [8, 8],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "layers_per_block": 1,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 6,
+    "norm_num_groups": 2,
+}
+
+
+@pytest.mark.parametrize("name", names("unet"))
+def test_golden(name):
+    check_unet(*golden("unet", name))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("act_fn", "gelu"),
+        ("mid_block_type", "UNetMidBlock2D"),
+        ("center_input_sample", True),
+        ("flip_sin_to_cos", False),
+        ("freq_shift", 1),
+        ("downsample_padding", 0),
+        ("mid_block_scale_factor", 2),
+        ("dropout", 0.1),
+        ("dual_cross_attention", True),
+        ("only_cross_attention", [True, False]),
+        ("resnet_time_scale_shift", "scale_shift"),
+        ("resnet_skip_time_act", True),
+        ("resnet_out_scale_factor", 1.4),
+        ("time_embedding_type", "fourier"),
+        ("conv_in_kernel", 1),
+        ("conv_out_kernel", 5),
+        ("attention_type", "gated"),
+        ("class_embed_type", "timestep"),
+        ("num_class_embeds", 10),
+        ("addition_embed_type", "text_time"),
+        ("encoder_hid_dim", 32),
+        ("time_cond_proj_dim", 256),
+        ("a_key_of_the_future", 1),
+        ("down_block_types", ["AttnDownBlock2D", "DownBlock2D"]),
+        ("up_block_types", ["UpBlock2D", "ResnetUpsampleBlock2D"]),
+    ],
+)
+def test_refuses_what_is_not_built(key, value):
+    with pytest.raises(ValueError, match=rf"UNet2DConditionModel config: {key}\b.*supported: "):
+        UNet(SMALL | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("down_block_types", ["DownBlock2D"]),
+        ("up_block_types", ["UpBlock2D"] * 3),
+        ("layers_per_block", [1]),
+        ("attention_head_dim", [2, 2, 2]),
+        ("transformer_layers_per_block", [1, 1, 1]),
+    ],
+)
+def test_refuses_a_list_of_another_length(key, value):
+    with pytest.raises(ValueError, match=f"{key} has {len(value)} entries for 2 levels"):
+        UNet(SMALL | {key: value})
+
+
+def test_refuses_a_second_conditioning():
+    with pytest.raises(ValueError, match="added"):
+        UNet(SMALL)(torch.zeros(1, 4, 4, 4), torch.zeros(1), torch.zeros(1, 3, 6), added=torch.zeros(1))
+
+
+def test_ignores_private_and_disabled_keys():
+    UNet(SMALL | {"_class_name": "UNet2DConditionModel", "class_embed_type": None, "class_embeddings_concat": False})
+
+
+@pytest.mark.parametrize(("upcast", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_upcast_attention_is_computed_in_float32(upcast, dtype, monkeypatch):
+    seen, attend = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: seen.append(qkv[0].dtype) or attend(*qkv))
+    unet = UNet(SMALL | {"upcast_attention": upcast}).bfloat16()
+    latents, context = torch.randn(1, 4, 4, 4).bfloat16(), torch.randn(1, 3, 6).bfloat16()
+    assert unet(latents, torch.zeros(1), context).dtype == torch.bfloat16
+    assert set(seen) == {dtype}
