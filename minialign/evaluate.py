@@ -80,6 +80,7 @@ def diversity(features: Tensor, prompts: Sequence[str]) -> float | None:
     return total / pairs if pairs else None
 
 
+@torch.no_grad()
 def judge_both(
     before: Pipeline,
     after: Pipeline,

@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .command import Parser, in_range, run_command
+from .diffusion import NoiseSchedule
 from .evaluate import judge_both, summary
 from .feedback import FeedbackStore
 from .generate import draw_to_folder
@@ -60,6 +61,7 @@ EMBEDDED_DEFAULTS: dict[str, Any] = {  # chosen on other seeds than the tested o
     "pretrain_images": 512,
     "hidden": 512,
     "temperature": 0.5,
+    "reward_steps": 1000,
     "out": "runs/shapes",
 }
 OWN_DEFAULTS: dict[str, Any] = {  # the paper's learning rate, beta and reward; one GPU's batch
@@ -72,6 +74,7 @@ OWN_DEFAULTS: dict[str, Any] = {  # the paper's learning rate, beta and reward; 
     "test_images": 64,
     "hidden": 1024,
     "temperature": 2.0,
+    "reward_steps": 1000,
     "out": "runs/own",
 }
 PRETRAIN_SHARE = 0.25  # of a batch's rows; each term is averaged over its own rows, so this changes noise alone
@@ -89,7 +92,7 @@ class Latents:
 
 def finetune(
     unet: nn.Module,
-    schedule: Any,
+    schedule: NoiseSchedule,
     context: Tensor,
     model_images: Latents,
     reward: Tensor,
@@ -115,7 +118,7 @@ def finetune(
     device = context.device
     optimizer = torch.optim.AdamW(unet.parameters(), peak_learning_rate, weight_decay=1e-2, fused=True)
     first = load_checkpoint(folder, unet, optimizer)
-    pretrain_rows = round(PRETRAIN_SHARE * batch_size) if beta > 0 and pretrain_images is not None else 0
+    pretrain_rows = max(1, round(PRETRAIN_SHARE * batch_size)) if beta > 0 and pretrain_images is not None else 0
     is_pretrain = torch.arange(batch_size, device=device) >= batch_size - pretrain_rows
     unet.train()
     for step in progress(range(first, steps), "fine-tune", steps, first):
@@ -139,7 +142,8 @@ def finetune(
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % 10 == 0 or step + 1 == steps:
+        save = (step + 1) % checkpoint_every == 0 or step + 1 == steps
+        if (step + 1) % 10 == 0 or save:  # reading the loss waits for the device: not at every step
             row = {"step": step + 1, "loss": loss.item(), "learning_rate": optimizer.param_groups[0]["lr"]}
             if not math.isfinite(row["loss"]):
                 raise InputError(f"step {step + 1}: the loss is {loss}; the last good checkpoint is in {folder}")
@@ -148,7 +152,7 @@ def finetune(
             if pretrain_rows:
                 row["pretrain_loss"] = errors[is_pretrain].mean().item()
             log(row)
-        if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
+        if save:
             save_checkpoint(folder, step + 1, unet, optimizer)
     unet.eval()
 
@@ -205,7 +209,7 @@ def run(settings: dict[str, Any], task: Task, folder: Path, device: torch.device
     pipe = Pipeline.from_pretrained(settings["model"], device=device)
     clip = CLIP.from_pretrained(settings["clip"], device=device)
     job = open_run(folder, settings)
-    sampling = {"steps": settings["sampling_steps"], "guidance": settings["guidance"]}
+    sampling = {"steps": settings["sampling_steps"], "guidance": settings["guidance"], "batch": settings["batch_size"]}
     store = FeedbackStore(folder)
     try:
         with job.stage("generate", _why_generate(task)) as todo:
@@ -267,6 +271,8 @@ def open_run(folder: Path, settings: dict[str, Any]) -> Run:
     path = folder / "config.json"
     if path.exists():
         begun = json.loads(path.read_text())["settings"]
+        for left in (*folder.rglob(".*.tmp"), *folder.rglob(".*.old")):  # what a killed run was writing
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         for key, value in settings.items():
             if (was := begun.get(key)) != value:
                 raise InputError(f"{folder} was begun with {key}={was!r}, not {value!r}; use another --out, or --fresh")
@@ -310,7 +316,8 @@ def finetune_pipeline(
     context = pipe.encode_prompts([*texts, ""])
 
     def encode(images: Sequence[Image.Image], captions: Sequence[str]) -> Latents:
-        parts = [pipe.encode_images(images[i : i + 64]) for i in range(0, len(images), 64)]
+        batch = settings["batch_size"]
+        parts = [pipe.encode_images(images[i : i + batch]) for i in range(0, len(images), batch)]
         mean, std = (torch.cat(part) for part in zip(*parts))
         return Latents(mean, std, torch.tensor([row[text] for text in captions], device=mean.device))
 
@@ -344,7 +351,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of the arithmetic (default: float32)",
+        help="of the fine-tuning's arithmetic (default: float32)",
     )
     add("--checkpoint-every", type=whole(int, 1), default=100, help="steps between checkpoints (default: 100)")
     add("--fresh", action="store_true", help="start over: remove what an earlier run left in the folder")

@@ -26,12 +26,19 @@ def draw(
 
 
 def draw_to_folder(
-    pipe: Pipeline, items: Sequence[tuple[str, int]], folder: Path, *, steps: int, guidance: float, title: str
+    pipe: Pipeline,
+    items: Sequence[tuple[str, int]],
+    folder: Path,
+    *,
+    steps: int,
+    guidance: float,
+    batch: int,
+    title: str,
 ) -> list[Path]:
     """Draw (prompt, seed) items to folder/000000.png and so on; files that are there already are kept."""
     paths = [folder / f"{i:06d}.png" for i in range(len(items))]
     missing = [i for i, path in enumerate(paths) if not path.exists()]
-    images = draw(pipe, [items[i] for i in missing], steps=steps, guidance=guidance, title=title)
+    images = draw(pipe, [items[i] for i in missing], steps=steps, guidance=guidance, batch=batch, title=title)
     for i, image in zip(missing, images):
         with atomic(paths[i]) as temporary:
             image.save(temporary, format="PNG")

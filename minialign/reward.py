@@ -187,7 +187,7 @@ def learn_reward(
     label = torch.tensor([labels[i] for i in train], device=image.device)
     model = train_reward(
         image[train], text[train], contrast, label, config,
-        temperature=settings["temperature"], seed=settings["seed"], log=log,
+        steps=settings["reward_steps"], temperature=settings["temperature"], seed=settings["seed"], log=log,
     )  # fmt: skip
     score = model(image, text)
     truth = torch.tensor([labels[i] for i in test], device=image.device)

@@ -136,7 +136,7 @@ def test_bad_checkpoints_are_refused_by_name(folder, name):
 def test_sources_that_are_none(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for source in ("no/such/folder", str(tmp_path / "nothing"), "a b"):
-        with pytest.raises(InputError, match="not found; accepted: a folder or a hub id"):
+        with pytest.raises(InputError, match="not found; accepted: a folder in the diffusers layout or a hub id"):
             resolve(source, [])
 
 

@@ -35,16 +35,16 @@ def resolve(source: str | Path | None, patterns: list[str], revision: str | None
         return EMBEDDED
     if Path(source).is_dir():
         return Path(source)
-    if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    if Path(source).exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source)):
         raise InputError(
             f"{source}: not found; accepted: a folder in the diffusers layout or a hub id such as owner/name"
         )
     from huggingface_hub import snapshot_download  # slow to import, and most runs need no hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{source}: neither a folder nor a hub id that can be fetched ({reason})") from error
 

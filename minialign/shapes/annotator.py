@@ -23,7 +23,9 @@ from .scenes import BACKGROUNDS, COLORS, Scene
 Array = NDArray[np.float64]
 SPECK, OBJECT = 12, 60  # regions of fewer pixels than SPECK are ignored, those between SPECK and OBJECT are defects
 FAR = 75.0  # RGB distance beyond which a color is none of the palette
-DOUBT = 40.0  # squared Mahalanobis distance beyond which a region has none of the shapes
+SPREAD = 0.1  # how much rougher, in each shape number, the pictures that a model draws may be than drawings
+DOUBT = 16.0  # squared Mahalanobis distance beyond which a region has none of the shapes
+MARGIN = 4.0  # by which the likeliest shape must beat the next, in twice the log likelihood
 STATISTICS = Path(__file__).parent / "checkpoint" / "annotator.json"
 
 
@@ -116,21 +118,22 @@ def calibrate(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> dict[st
 def _statistics() -> dict[str, tuple[Array, Array, float]]:
     """For each shape the mean, inverse covariance and log determinant of its numbers."""
     table = json.loads(STATISTICS.read_text(encoding="utf-8"))
-    result = {}
+    result: dict[str, tuple[Array, Array, float]] = {}
     for name, entry in table.items():
-        covariance = np.array(entry["covariance"])
-        result[name] = np.array(entry["mean"]), np.linalg.inv(covariance), float(np.linalg.slogdet(covariance)[1])
+        covariance: Array = np.array(entry["covariance"]) + SPREAD**2 * np.eye(4)
+        inverse: Array = np.linalg.inv(covariance)
+        result[name] = np.array(entry["mean"]), inverse, float(np.linalg.slogdet(covariance)[1])
     return result
 
 
 def _shape(numbers: Array) -> str | None:
-    """The likeliest shape under a Gaussian for each (quadratic discriminant), or None where all are far."""
+    """The likeliest shape under a Gaussian for each (quadratic discriminant); None where all are far or two near."""
     scored = []
     for name, (mean, precision, logdet) in _statistics().items():
         distance = float((numbers - mean) @ precision @ (numbers - mean))
         scored.append((distance + logdet, distance, name))
-    _, distance, name = min(scored)
-    return name if distance < DOUBT else None
+    (best, distance, name), (second, _, _) = sorted(scored)[:2]
+    return name if distance < DOUBT and second - best > MARGIN else None
 
 
 def _nearest(color: Array, palette: dict[str, tuple[int, int, int]]) -> str | None:

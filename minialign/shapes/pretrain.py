@@ -79,7 +79,7 @@ SCHEDULER_CONFIG: dict[str, Any] = {
     "beta_schedule": "squaredcos_cap_v2",
     "prediction_type": "v_prediction",
     "timestep_spacing": "trailing",
-    "steps_offset": 0,
+    "steps_offset": 1,  # not used with trailing; diffusers warns of another value
     "set_alpha_to_one": True,
     "clip_sample": False,
 }
@@ -322,7 +322,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=48_000, help="number of drawings")
     parser.add_argument("--vae-steps", type=int, default=2_500, help="of 16 drawings")
     parser.add_argument("--clip-steps", type=int, default=1_500, help="of 256 captioned drawings")
-    parser.add_argument("--unet-steps", type=int, default=10_000, help="of 64 drawings with clean captions")
+    parser.add_argument("--unet-steps", type=int, default=7_500, help="of 64 drawings with clean captions")
     parser.add_argument("--noisy-steps", type=int, default=2_000, help="of 64 drawings with noisy captions")
     parser.add_argument("--decoder-steps", type=int, default=2_000, help="of 16 drawings, for the VAE's decoder alone")
     parser.add_argument("--only", choices=("vae", "clip"), help="train one part and stop: the two can run side by side")
@@ -350,7 +350,7 @@ def main() -> None:
     start_near_identity(unet)
     nn.init.zeros_(unet.conv_out.weight)
     train_unet(unet, latents, context, clean, a.out / "unet", a.unet_steps, a.seed, lr=1e-3, decay=0.0)
-    train_unet(unet, latents, context, noisy, a.out / "noisy", a.noisy_steps, a.seed + 1, lr=5e-4, decay=1.0)
+    train_unet(unet, latents, context, noisy, a.out / "noisy", a.noisy_steps, a.seed + 1, lr=1e-3, decay=1.0)
     with atomic(a.out / "checkpoint") as folder:
         pipe = Pipeline(unet, vae, text_encoder, tokenizer, NoiseSchedule.from_config(SCHEDULER_CONFIG))
         pipe.save_pretrained(folder, torch.float16)

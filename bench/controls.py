@@ -1,0 +1,67 @@
+"""Controls of a finished main job: python bench/controls.py runs/shapes
+
+Fine-tunes the embedded model again on the run's own images with other weights in place of the reward: r itself,
+1 for every image, and 1 - r, which must hurt; then judges each on the run's test items. Prints a Markdown table with
+what the loss's optimum predicts: p(x|z) proportional to p_0(x|z) r(x,z), mixed with beta times the pre-training pairs'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from minialign import CLIP, Pipeline, RewardModel
+from minialign.evaluate import judge_both
+from minialign.feedback import FeedbackStore
+from minialign.finetune import finetune_pipeline
+from minialign.shapes.task import CAPTION_NOISE, shapes_task
+from minialign.training import read_tensors, write_tensors
+
+CONTROLS = {
+    "r (the method)": lambda r: r,
+    "1 (plain fine-tuning)": torch.ones_like,
+    "1 - r (must hurt)": lambda r: 1 - r,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1])
+    parser.add_argument("run", type=Path, help="folder of a finished run on the embedded world")
+    run = parser.parse_args().run
+    settings = json.loads((run / "config.json").read_text())["settings"]
+    task = shapes_task(*(settings[key] for key in ("images", "labels", "test_images", "pretrain_images", "seed")))
+    images = FeedbackStore(run).images()
+    pictures = [Image.open(image.path).convert("RGB") for image in images]
+    prompts = [image.prompt for image in images]
+    reward = read_tensors(run / "cache" / "reward.safetensors")["reward"]
+    verdicts = task.judge(pictures, prompts)
+    aligned = torch.tensor([verdict == "good" for verdict in verdicts])
+    # a pre-training caption is true when none of its noisy words is wrong: two words, or four in a combination
+    truth = sum((1 - CAPTION_NOISE) ** words for words in (2, 2, 2, 4)) / 4
+    clip, judge = CLIP.from_pretrained(), RewardModel.from_pretrained(run / "reward")
+    sampling = {"steps": settings["sampling_steps"], "guidance": settings["guidance"], "batch": settings["batch_size"]}
+    print("| weight of a model image | predicted | before | after | gain, 95 % interval | Frechet distance after |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, change in CONTROLS.items():
+        weight, beta = change(reward), settings["beta"]
+        predicted = (weight[aligned].sum() / len(weight) + beta * truth) / (weight.mean() + beta)
+        folder = run / "controls" / name.split(" (")[0].replace(" ", "")
+        write_tensors(folder / "cache" / "reward.safetensors", {"reward": weight})
+        pipe = Pipeline.from_pretrained()
+        finetune_pipeline(pipe, task, pictures, prompts, settings, folder, lambda row: None)
+        judged = judge_both(Pipeline.from_pretrained(), pipe, task, clip, judge, sampling, folder)
+        before, after = (judged["alignment"][side]["overall"] for side in ("before", "after"))
+        low, high = judged["alignment"]["ci95"]["gain"]["overall"]
+        print(
+            f"| {name} | {predicted:.1%} | {before:.1%} | {after:.1%} | {100 * (after - before):+.1f} "
+            f"({100 * low:+.1f} to {100 * high:+.1f}) | {judged['fidelity']['after']:.2f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
