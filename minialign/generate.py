@@ -35,9 +35,13 @@ def draw_to_folder(
     batch: int,
     title: str,
 ) -> list[Path]:
-    """Draw (prompt, seed) items to folder/000000.png and so on; files that are there already are kept."""
+    """Draw (prompt, seed) items to folder/000000.png and so on; batches that are there already are kept.
+
+    A batch of which a part is missing is drawn again whole: arithmetic may differ in the last bit with the batch size.
+    """
     paths = [folder / f"{i:06d}.png" for i in range(len(items))]
-    missing = [i for i, path in enumerate(paths) if not path.exists()]
+    batches = [range(start, min(start + batch, len(items))) for start in range(0, len(items), batch)]
+    missing = [i for rows in batches if not all(paths[i].exists() for i in rows) for i in rows]
     images = draw(pipe, [items[i] for i in missing], steps=steps, guidance=guidance, batch=batch, title=title)
     for i, image in zip(missing, images):
         with atomic(paths[i]) as temporary:

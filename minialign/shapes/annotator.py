@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from PIL import Image
 from ..prompts import SHAPES, Prompt
 from .scenes import BACKGROUNDS, COLORS, Scene
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating[Any]]
 SPECK, OBJECT = 12, 60  # regions of fewer pixels than SPECK are ignored, those between SPECK and OBJECT are defects
 FAR = 75.0  # RGB distance beyond which a color is none of the palette
 SPREAD = 0.1  # how much rougher, in each shape number, the pictures that a model draws may be than drawings
@@ -118,11 +119,10 @@ def calibrate(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> dict[st
 def _statistics() -> dict[str, tuple[Array, Array, float]]:
     """For each shape the mean, inverse covariance and log determinant of its numbers."""
     table = json.loads(STATISTICS.read_text(encoding="utf-8"))
-    result: dict[str, tuple[Array, Array, float]] = {}
+    result = {}
     for name, entry in table.items():
-        covariance: Array = np.array(entry["covariance"]) + SPREAD**2 * np.eye(4)
-        inverse: Array = np.linalg.inv(covariance)
-        result[name] = np.array(entry["mean"]), inverse, float(np.linalg.slogdet(covariance)[1])
+        covariance = np.array(entry["covariance"]) + SPREAD**2 * np.eye(4)
+        result[name] = np.array(entry["mean"]), np.linalg.inv(covariance), float(np.linalg.slogdet(covariance)[1])
     return result
 
 
