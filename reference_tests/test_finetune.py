@@ -3,13 +3,16 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
+from comparisons import GOLDENS
 
 from minialign import NoiseSchedule, Pipeline, RewardModel, finetune
 from minialign.command import run_command
 from minialign.evaluate import summary
 from minialign.finetune import Latents, draw_by_reward
+from minialign.models.pretrained import EMBEDDED, InputError
 from minialign.models.unet import UNet
 from minialign.shapes.task import shapes_task
 
@@ -51,9 +54,7 @@ def two_kinds(reward_of_first: float, steps: int, folder, stop_at: int | None = 
             raise KeyboardInterrupt
 
     settings = {"beta": 0.0, "batch_size": 8, "peak_learning_rate": 3e-3, "checkpoint_every": 5} | how
-    finetune.finetune(
-        unet, schedule, context, images, reward, images, folder, steps=steps, log=log, **settings
-    )  # fmt: skip
+    finetune.finetune(unet, schedule, context, images, reward, images, folder, steps=steps, log=log, **settings)
     return unet
 
 
@@ -139,8 +140,6 @@ def test_a_finished_run_is_not_done_again(finished, monkeypatch):
     for name in ("draw_to_folder", "label", "learn_reward", "finetune_pipeline", "judge_both"):
         monkeypatch.setattr(finetune, name, None)  # calling it would fail
     assert small_run(folder) == results
-    from minialign.models.pretrained import InputError
-
     with pytest.raises(InputError, match="was begun with beta=0.1, not 0.5"):
         small_run(folder, beta=0.5)
 
@@ -186,8 +185,6 @@ def own_images(folder, good: bool = True):
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    from minialign.models.pretrained import EMBEDDED
-
     none_good = own_images(tmp_path / "none_good", good=False)
     unreadable = own_images(tmp_path / "unreadable")
     (tmp_path / "unreadable" / "3.png").write_bytes(b"no image")
@@ -224,17 +221,57 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys)
     assert sorted(path.name for path in tmp_path.rglob("*")) == held
 
 
-def test_own_images_go_through_the_same_code(tmp_path, monkeypatch, capsys):
-    from minialign.models.pretrained import EMBEDDED
+def diffusers_pipeline(folder):
+    """A tiny pipeline and CLIP on random weights, saved by diffusers and transformers themselves."""
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(GOLDENS / "tokenizer")
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    tower = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = tower | ends | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.eos_token_id}
+    torch.manual_seed(0)
+    vae = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    diffusers.StableDiffusionPipeline(
+        unet=diffusers.UNet2DConditionModel(**UNET | {"cross_attention_dim": 12, "sample_size": 16}),
+        vae=diffusers.AutoencoderKL(**vae, block_out_channels=[8, 8], norm_num_groups=4, sample_size=32),
+        text_encoder=transformers.CLIPTextModel(transformers.CLIPTextConfig(**text)),
+        tokenizer=tokenizer,
+        scheduler=diffusers.PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder / "model")
+    vision = tower | {"image_size": 32, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    transformers.CLIPModel(config).save_pretrained(folder / "clip")
+    tokenizer.save_pretrained(folder / "clip")
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    (folder / "clip" / "preprocessor_config.json").write_text(json.dumps(size))
+    return folder / "model", folder / "clip"
 
+
+@pytest.mark.parametrize("source", ["embedded", "diffusers"])
+def test_own_images_go_through_the_same_code(source, tmp_path, monkeypatch, capsys):
+    model, clip = (EMBEDDED, EMBEDDED / "clip") if source == "embedded" else diffusers_pipeline(tmp_path)
     labels = own_images(tmp_path / "images")
-    monkeypatch.setattr(finetune, "OWN_DEFAULTS", finetune.OWN_DEFAULTS | {"sampling_steps": 2, "test_images": 6})
-    arguments = ["--model", EMBEDDED, "--clip", EMBEDDED / "clip", "--feedback", labels, "--out", tmp_path / "run"]
+    small = {"sampling_steps": 2, "test_images": 6, "hidden": 16, "reward_steps": 20}
+    monkeypatch.setattr(finetune, "OWN_DEFAULTS", finetune.OWN_DEFAULTS | small)
+    arguments = ["--model", model, "--clip", clip, "--feedback", labels, "--out", tmp_path / "run"]
     code, err = command(monkeypatch, capsys, *arguments, "--steps", 3, "--batch-size", 4)
     assert code == 0, err
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["judge"] == "reward model" and results["counts"]["labels"] == 12
     assert set(results["alignment"]["before"]) == {"overall", "seen"}
     assert (tmp_path / "run" / "report.html").exists()
-    code, _ = command(monkeypatch, capsys, *arguments, "--steps", 4, "--batch-size", 4, "--fresh")
-    assert code == 0 and json.loads((tmp_path / "run" / "results.json").read_text())["settings"]["steps"] == 4
+    if source == "diffusers":  # and it draws the same with the weights that come out
+        import diffusers
+
+        peer = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "model", safety_checker=None)
+        pipe = Pipeline.from_pretrained(tmp_path / "run" / "model")
+        latents = pipe.noise([1])
+        how = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
+        theirs = peer("a red circle", latents=latents, **how).images[0] * 255
+        mine = pipe.generate("a red circle", steps=4, guidance=3.0, latents=latents)[0]
+        assert np.abs(theirs - np.asarray(mine, float)).max() <= 1
+    else:
+        code, _ = command(monkeypatch, capsys, *arguments, "--steps", 4, "--batch-size", 4, "--fresh")
+        assert code == 0 and json.loads((tmp_path / "run" / "results.json").read_text())["settings"]["steps"] == 4
