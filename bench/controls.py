@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -50,6 +51,7 @@ def main() -> None:
         weight, beta = change(reward), settings["beta"]
         predicted = (weight[aligned].sum() / len(weight) + beta * truth) / (weight.mean() + beta)
         folder = run / "controls" / name.split(" (")[0].replace(" ", "")
+        shutil.rmtree(folder, ignore_errors=True)  # or its checkpoints would be gone on with
         write_tensors(folder / "cache" / "reward.safetensors", {"reward": weight})
         pipe = Pipeline.from_pretrained()
         finetune_pipeline(pipe, task, pictures, prompts, settings, folder, lambda row: None)

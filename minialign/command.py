@@ -24,9 +24,10 @@ def in_range(kind: type, low: float, high: float = float("inf")) -> Callable[[st
     def convert(text: str) -> float:
         try:
             value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not math.isfinite(value) or not low <= value <= high:
+            right = math.isfinite(value) and low <= value <= high
+        except (ValueError, OverflowError):
+            right = False
+        if not right:
             what = "a whole number" if kind is int else "a number"
             accepted = f"from {low} up" if high == float("inf") else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text!r}; accepted: {what} {accepted}")

@@ -32,17 +32,29 @@ def wilson_interval(good: int, total: int, z: float = 1.96) -> list[float]:
     return [max(0.0, middle - half), min(1.0, middle + half)]
 
 
-def paired_interval(before: Sequence[float], after: Sequence[float], z: float = 1.96) -> list[float]:
-    """Interval of the mean gain of pairs drawn from the same starting noise (normal approximation)."""
+def paired_interval(
+    before: Sequence[float], after: Sequence[float], prompts: Sequence[str], z: float = 1.96
+) -> list[float]:
+    """Interval of the mean gain of pairs drawn from the same starting noise (normal approximation).
+
+    Gains on one prompt resemble each other, so their deviations are summed within each prompt before they are squared:
+    the cluster-robust variance (Liang & Zeger 1986), of which the usual one is the case of a pair a prompt.
+    """
     gains = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
-    half = z * float(gains.std(unbiased=True)) / math.sqrt(len(gains)) if len(gains) > 1 else 1.0
+    numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    cluster, n = torch.tensor([numbers[prompt] for prompt in prompts]), len(numbers)
+    sums = torch.zeros(n, dtype=torch.float64).index_add_(0, cluster, gains - gains.mean())
+    half = z * math.sqrt(float(sums.square().sum()) * n / (n - 1)) / len(gains) if n > 1 else 1.0
     return [float(gains.mean()) - half, float(gains.mean()) + half]
 
 
-def compare(groups: Sequence[Sequence[str]], before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+def compare(
+    groups: Sequence[Sequence[str]], prompts: Sequence[str], before: Sequence[float], after: Sequence[float]
+) -> dict[str, Any]:
     """Alignment of two sets of judgements (1 aligned, 0 not) on the same prompts and noise, by group.
 
     groups[i] names the groups that item i belongs to, such as ("count", "seen"). Every item counts in "overall".
+    "ci95" holds Wilson's interval of each side, for these prompts, and `paired_interval` of the gain.
     """
     table: dict[str, Any] = {"before": {}, "after": {}, "ci95": {"before": {}, "after": {}, "gain": {}}}
     for name in ["overall", *dict.fromkeys(name for names in groups for name in names)]:
@@ -51,13 +63,18 @@ def compare(groups: Sequence[Sequence[str]], before: Sequence[float], after: Seq
         for side, values in sides.items():
             table[side][name] = sum(values) / len(values)
             table["ci95"][side][name] = wilson_interval(round(sum(values)), len(values))
-        table["ci95"]["gain"][name] = paired_interval(sides["before"], sides["after"])
+        table["ci95"]["gain"][name] = paired_interval(sides["before"], sides["after"], [prompts[i] for i in rows])
     return table
 
 
-def frechet_distance(features: Tensor, reference: Tensor) -> float:
-    """Frechet distance of Gaussians fitted to features (N,E) and (M,E) (Heusel et al. 2017, equation 6)."""
-    a, b = features.double(), reference.double()
+def frechet_distance(features: Tensor, reference: Tensor) -> float | None:
+    """Frechet distance of Gaussians fitted to features (N,E) and (M,E) (Heusel et al. 2017, equation 6).
+
+    None where it has no value: fewer than two rows, or features that are not finite.
+    """
+    a, b = features.cpu().double(), reference.cpu().double()
+    if min(len(a), len(b)) < 2 or not (a.isfinite().all() and b.isfinite().all()):
+        return None
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     # the trace of the root of cov_a cov_b from that product's eigenvalues, which are real and not negative
     root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
@@ -67,7 +84,7 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
 
 def diversity(features: Tensor, prompts: Sequence[str]) -> float | None:
     """Mean cosine distance of features (N,E) between images of one prompt, over all such pairs; None without any."""
-    unit = F.normalize(features.double(), dim=1)
+    unit = F.normalize(features.cpu().double(), dim=1)
     rows: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts):
         rows.setdefault(prompt, []).append(i)
@@ -114,7 +131,7 @@ def judge_both(
         measured["reward"][side] = float(score.mean())
     write_samples(folder, task, drawn, verdicts)
     mean_reward = measured.pop("reward")
-    alignment = compare([item.groups for item in task.test], aligned["before"], aligned["after"])
+    alignment = compare([item.groups for item in task.test], prompts, aligned["before"], aligned["after"])
     return {"alignment": alignment, "judge": task.judge_name, **measured, "mean_reward": mean_reward}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ WORDS = {"1": "good", "0": "bad", "true": "good", "false": "bad"} | {verdict: ve
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS prompts (id INTEGER PRIMARY KEY, text TEXT NOT NULL UNIQUE);
 CREATE TABLE IF NOT EXISTS images (
-    id INTEGER PRIMARY KEY, prompt INTEGER NOT NULL REFERENCES prompts, path TEXT NOT NULL UNIQUE, seed INTEGER
+    id INTEGER PRIMARY KEY, prompt INTEGER NOT NULL REFERENCES prompts, path TEXT NOT NULL, seed INTEGER,
+    UNIQUE (prompt, path)
 );
 CREATE TABLE IF NOT EXISTS labels (
     image INTEGER NOT NULL REFERENCES images, labeller TEXT NOT NULL, verdict TEXT NOT NULL, time TEXT NOT NULL,
@@ -61,7 +63,7 @@ class FeedbackStore:
         self.database.close()
 
     def add_images(self, rows: Iterable[tuple[str, str, int | None]]) -> None:
-        """Add (prompt, path, seed) rows in one transaction; a path that is known already is left as it is."""
+        """Add (prompt, path, seed) rows in one transaction; a pair that is known already is left as it is."""
         with self.database as db:
             for prompt, path, seed in rows:
                 db.execute("INSERT OR IGNORE INTO prompts (text) VALUES (?)", (prompt,))
@@ -93,8 +95,9 @@ class FeedbackStore:
 def read_feedback(path: Path) -> list[tuple[str, Path, str]]:
     """(prompt, image file, verdict) rows of a label file: CSV or JSON lines with columns prompt, image, label.
 
-    Image paths are relative to the file's folder. Labels are good, bad or skip (or 1/0, true/false), in any case.
-    InputError names the file, the line and what is accepted; every image is opened, and at least one must be good.
+    Image paths are relative to the file's folder. Labels are good, bad or skip (or 1/0, true/false), in any case; the
+    majority counts where the file judges a pair of prompt and image several times. InputError names the file, the line
+    and what is accepted; every image is opened, and at least one must be good.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -111,7 +114,10 @@ def read_feedback(path: Path) -> list[tuple[str, Path, str]]:
         image = path.parent / str(row["image"])
         check_image(image, f"{path}, line {number}")
         rows.append((str(row["prompt"]), image.resolve(), verdict))
-    if not any(verdict == "good" for _, _, verdict in rows):
+    votes: Counter[tuple[str, Path]] = Counter()
+    for prompt, image, verdict in rows:
+        votes[prompt, image] += {"good": 1, "bad": -1, "skip": 0}[verdict]
+    if not any(vote > 0 for vote in votes.values()):
         raise InputError(f"{path}: none of its {len(rows)} images is labelled good; at least one is needed")
     return rows
 

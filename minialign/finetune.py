@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
+import re
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from . import __version__
 from .command import Parser, in_range, run_command
 from .diffusion import NoiseSchedule
 from .evaluate import judge_both, summary
@@ -32,7 +34,7 @@ from .feedback import FeedbackStore
 from .generate import draw_to_folder
 from .loss import reward_weighted_loss
 from .models.clip import CLIP
-from .models.pretrained import InputError
+from .models.pretrained import InputError, read_bytes, read_json
 from .pipeline import Pipeline
 from .reward import RewardModel, learn_reward
 from .shapes.task import shapes_task
@@ -118,6 +120,7 @@ def finetune(
     device = context.device
     optimizer = torch.optim.AdamW(unet.parameters(), peak_learning_rate, weight_decay=1e-2, fused=True)
     first = load_checkpoint(folder, unet, optimizer)
+    finite = torch.tensor(True, device=device)
     pretrain_rows = max(1, round(PRETRAIN_SHARE * batch_size)) if beta > 0 and pretrain_images is not None else 0
     is_pretrain = torch.arange(batch_size, device=device) >= batch_size - pretrain_rows
     unet.train()
@@ -139,14 +142,16 @@ def finetune(
             target = schedule.target(x0, noise, t)
             loss = reward_weighted_loss(prediction, target, weight.expand(batch_size), is_pretrain, beta)
         loss.backward()
-        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        finite &= nn.utils.clip_grad_norm_(unet.parameters(), 1.0).isfinite()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         save = (step + 1) % checkpoint_every == 0 or step + 1 == steps
-        if (step + 1) % 10 == 0 or save:  # reading the loss waits for the device: not at every step
+        if (step + 1) % 10 == 0 or save:  # reading from the device waits for it: not at every step
+            if not finite:
+                raise InputError(
+                    f"step {step + 1}: the gradient is not finite (loss {loss:.3g}); no such weights are kept"
+                )
             row = {"step": step + 1, "loss": loss.item(), "learning_rate": optimizer.param_groups[0]["lr"]}
-            if not math.isfinite(row["loss"]):
-                raise InputError(f"step {step + 1}: the loss is {loss}; the last good checkpoint is in {folder}")
             errors = (prediction.detach().float() - target).square().flatten(1).mean(1)
             row["model_loss"] = errors[~is_pretrain].mean().item()
             if pretrain_rows:
@@ -162,7 +167,7 @@ def draw_by_reward(reward: Tensor, number: int, g: torch.Generator) -> tuple[Ten
 
     The expectation is that of weighting uniform draws by their reward: sum_i (r_i / sum r) mean(r) f_i = mean(r f).
     """
-    chosen = torch.multinomial(reward.double().cpu(), number, replacement=True, generator=g)
+    chosen = torch.multinomial(reward.cpu().double(), number, replacement=True, generator=g)
     return chosen.to(reward.device), reward.mean()
 
 
@@ -174,40 +179,59 @@ def _sample(images: Latents, chosen: Tensor, g: torch.Generator) -> tuple[Tensor
 
 # ---------------------------------------------------------------------------------------------------- the main job
 class Run:
-    """The folder of a run and the stages it has finished (stages.json: seconds that each took)."""
+    """The folder of a run and its stages (stages.json: how often each was begun, and the seconds that it took)."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any]):
-        self.folder, self.settings = folder, settings
+    def __init__(self, folder: Path):
+        self.folder = folder
         path = folder / "stages.json"
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        self.stages: dict[str, dict[str, float]] = read_json(path) if path.exists() else {}
 
     @contextmanager
     def stage(self, name: str, why: str) -> Iterator[bool]:
         """Announce a stage; True where its work is still to be done."""
-        if name in self.seconds:
-            print(f"{name}: done before ({self.seconds[name]:.0f} s)", flush=True)
+        state = self.stages.setdefault(name, {"begun": 0})
+        if "seconds" in state:
+            print(f"{name}: done before ({state['seconds']:.0f} s)", flush=True)
             yield False
             return
         print(f"{name}: {why}", flush=True)
+        state["begun"] += 1
+        write_json(self.folder / "stages.json", self.stages)
         begin = time.perf_counter()
         yield True
-        self.seconds[name] = round(time.perf_counter() - begin, 2)
-        write_json(self.folder / "stages.json", self.seconds)
+        state["seconds"] = round(time.perf_counter() - begin, 2)
+        write_json(self.folder / "stages.json", self.stages)
 
     def log(self, stage: str) -> Callable[[dict[str, Any]], None]:
-        """Appends rows of a stage to metrics.jsonl."""
+        """Appends rows of a stage to metrics.jsonl, where a step that is done again takes its old row's place."""
+        path = self.folder / "metrics.jsonl"
+        fresh = True
 
         def append(row: dict[str, Any]) -> None:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            nonlocal fresh
+            if fresh and path.exists():
+                old = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+                kept = [other for other in old if other["stage"] != stage or other["step"] < row["step"]]
+                with atomic(path) as temporary:
+                    temporary.write_text("".join(json.dumps(other) + "\n" for other in kept))
+            fresh = False
+            with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"stage": stage, **row}) + "\n")
 
         return append
 
 
-def run(settings: dict[str, Any], task: Task, folder: Path, device: torch.device) -> dict[str, Any]:
-    """All stages, each skipped where it is done; the content of results.json."""
+def run(
+    settings: dict[str, Any], task: Task, folder: Path, device: torch.device, fresh: bool = False
+) -> dict[str, Any]:
+    """All stages, each skipped where it is done; the content of results.json. `fresh` removes an earlier run first."""
+    check_folder(folder)
     pipe = Pipeline.from_pretrained(settings["model"], device=device)
     clip = CLIP.from_pretrained(settings["clip"], device=device)
+    weight = pipe.unet.conv_in.weight.detach().float().cpu()  # stands for the weights: with others it is another run
+    settings = settings | {"checkpoint_crc32": f"{zlib.crc32(weight.numpy().tobytes()):08x}"}
+    if fresh:
+        remove_run(folder)
     job = open_run(folder, settings)
     sampling = {"steps": settings["sampling_steps"], "guidance": settings["guidance"], "batch": settings["batch_size"]}
     store = FeedbackStore(folder)
@@ -243,7 +267,9 @@ def run(settings: dict[str, Any], task: Task, folder: Path, device: torch.device
             write_json(folder / "evaluation.json", judged)
     results = json.loads((folder / "evaluation.json").read_text())
     results["reward"] = json.loads((folder / "reward" / "held_out.json").read_text())
-    results["seconds"] = job.seconds | {"total": round(sum(job.seconds.values()), 2)}
+    results["seconds"] = {name: state["seconds"] for name, state in job.stages.items()}
+    results["seconds"]["total"] = round(sum(results["seconds"].values()), 2)
+    results["interruptions"] = sum(state["begun"] - 1 for state in job.stages.values())  # their time is not counted
     results["settings"] = settings
     results["counts"] = {"images": len(images), "labels": len(labels), "evaluated": len(task.test)}
     write_json(folder / "results.json", results)
@@ -270,28 +296,33 @@ def open_run(folder: Path, settings: dict[str, Any]) -> Run:
     """The run in `folder`, new or gone on with; InputError where it was begun with other settings."""
     path = folder / "config.json"
     if path.exists():
-        begun = json.loads(path.read_text())["settings"]
-        for left in (*folder.rglob(".*.tmp"), *folder.rglob(".*.old")):  # what a killed run was writing
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        begun = read_json(path)["settings"]
         for key, value in settings.items():
             if (was := begun.get(key)) != value:
                 raise InputError(f"{folder} was begun with {key}={was!r}, not {value!r}; use another --out, or --fresh")
+        for left in (*folder.rglob(".*.tmp"), *folder.rglob(".*.old")):  # what a killed run was writing
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     else:
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"settings": settings, "versions": versions, "threads": torch.get_num_threads()})
+            made_by = {"minialign": __version__, "versions": versions, "threads": torch.get_num_threads()}
+            write_json(path, {"settings": settings} | made_by)
         except OSError as error:
             raise InputError(f"--out {folder}: cannot be written ({error.strerror})") from error
-    return Run(folder, settings)
+    return Run(folder)
 
 
 def label(store: FeedbackStore, task: Task, pictures: Sequence[Image.Image], seed: int) -> None:
     """Labels from the task's file, or by its judge on a random part of the images."""
     images = store.images()
     if task.judge is None:
-        by_path = {image.path: image.id for image in images}
-        store.add_labels("file", [(by_path[path], verdict) for _, path, verdict in task.given])
+        known = {(image.prompt, image.path): image.id for image in images}
+        votes: dict[int, int] = {}
+        for prompt, path, verdict in task.given:
+            image = known[prompt, path]
+            votes[image] = votes.get(image, 0) + 1  # a pair that the file judges again has another labeller
+            store.add_labels(f"file, {votes[image]}", [(image, verdict)])
         return
     part = sorted(torch.randperm(len(images), generator=generator(seed, 4))[: task.labels].tolist())
     verdicts = []
@@ -343,7 +374,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--out", type=Path, help="the run's folder (default: runs/shapes, or runs/own with --feedback)")
     add("--seed", type=whole(int, 0, 2**31), default=0, help="of everything random (default: 0)")
     add("--steps", type=whole(int, 1), help="fine-tuning steps (default: 400; own images: 2000)")
-    add("--beta", type=number(0), help="weight of the pre-training term (default: 0.1; own images: 1, as in the paper)")
+    add("--beta", type=number(0), help="weight of the pre-training term (default: 0.1; own images, unweighted: 1)")
     add("--batch-size", type=whole(int, 2), help="images in a fine-tuning step (default: 64; own images: 8)")
     add("--learning-rate", type=number(0, 1), help="peak of AdamW's (default: 3e-4; own images: 1e-5)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps ... (default: cuda where there is one, else cpu)")
@@ -380,36 +411,44 @@ def main() -> None:
         task = shapes_task(*(settings[key] for key in numbers))
     else:
         settings["feedback"] = str(args.feedback)
+        settings["feedback_crc32"] = f"{zlib.crc32(read_bytes(args.feedback)):08x}"
         task = own_task(args.feedback, settings["test_images"], settings["seed"])
-    check_writable(folder)
-    if args.fresh and folder.exists():
-        remove_run(folder)
-    results = run(settings, task, folder, device)
+    results = run(settings, task, folder, device, args.fresh)
     from .report import write_report  # matplotlib is slow to import
 
     report = write_report(folder)
     print(f"\n{summary(results)}\n\n{results['seconds']['total']:.0f} s in all. Report: {report}")
 
 
-def check_writable(folder: Path) -> None:
-    """InputError unless `folder` is one that can be written, or can be made in one."""
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+def check_folder(folder: Path) -> None:
+    """InputError unless `folder` is a run, empty, or to be made where it can be written."""
+    try:
+        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        writable = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+        strange = writable and place == folder and any(folder.iterdir()) and not _is_run(folder)
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot be used ({error.strerror})") from error
+    if not writable:
         raise InputError(f"--out {folder}: not a folder that can be written")
+    if strange:
+        raise InputError(
+            f"--out {folder}: holds files that are not a run's; accepted: a run, or an empty or new folder"
+        )
+
+
+def _is_run(folder: Path) -> bool:
+    path = folder / "config.json"
+    return path.exists() and "minialign" in read_json(path)
 
 
 def remove_run(folder: Path) -> None:
-    """Remove what a run wrote, and nothing else; a folder that holds no run is refused."""
-    if not (folder / "config.json").exists() and any(folder.iterdir()):
-        raise InputError(f"--fresh: {folder} does not look like a run (it has no config.json); nothing was removed")
-    for name in ("images", "reward", "cache", "checkpoints", "model", "samples"):
+    """Remove what a run wrote, and nothing else. What makes it a run goes last, so that a killed removal is one too."""
+    (folder / "stages.json").unlink(missing_ok=True)
+    for name in ("images", "reward", "cache", "checkpoints", "model", "samples", "controls"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for path in folder.glob("feedback.sqlite*"):
-        path.unlink()
-    for name in ("stages", "samples", "evaluation", "results", "config"):
-        (folder / f"{name}.json").unlink(missing_ok=True)
-    for name in ("metrics.jsonl", "report.html"):
-        (folder / name).unlink(missing_ok=True)
+    files = ["samples.json", "evaluation.json", "results.json", "metrics.jsonl", "report.html", "config.json"]
+    for path in (*folder.glob("feedback.sqlite*"), *(folder / name for name in files)):
+        path.unlink(missing_ok=True)
 
 
 def pick_device(name: str) -> torch.device:
@@ -417,12 +456,12 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", name):
+            raise RuntimeError("not one of these")
+        return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise InputError(f"--device {name}: cannot be used ({reason}); accepted: cpu, cuda, cuda:N, mps") from error
-    return device
 
 
 if __name__ == "__main__":

@@ -70,7 +70,8 @@ class Pipeline:
         folder = resolve(source, FILES, revision)
         index = read_json(folder / "model_index.json")
         for part, (_, kind) in {key: INDEX[key] for key in ("unet", "vae", "text_encoder", "tokenizer")}.items():
-            named = (index.get(part) or [None, None])[1]
+            named = index.get(part)
+            named = named[-1] if isinstance(named, list) and named else named
             if named not in (kind, kind + "Fast"):
                 raise InputError(f"{folder / 'model_index.json'}: {part} is {named!r}; supported: {kind!r}")
         how: dict[str, Any] = {"device": device, "dtype": dtype, "variant": variant}
@@ -121,7 +122,8 @@ class Pipeline:
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Text context (B,L,D) of the prompts."""
-        return self.text_encoder(self.tokenizer(list(prompts)).to(self.device))
+        ids = self.tokenizer(list(prompts)).to(self.device)
+        return torch.cat([self.text_encoder(part) for part in ids.split(256)])
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:

@@ -73,17 +73,21 @@ def all_prompts(grammar: Grammar) -> list[Prompt]:
     return prompts
 
 
-def split(grammar: Grammar, unseen: float = 0.25, seed: int = 0) -> tuple[list[Prompt], list[Prompt]]:
-    """Hold out a fraction of each category's combinations of words: (seen, unseen), disjoint, the same for a seed."""
-    order = random.Random(seed)
-    seen, held_out = [], []
+def split(grammar: Grammar, seed: int = 0) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
+    """Every prompt in one of three sets: 5/8 seen, 1/4 unseen, 1/8 others, of each category's combinations of words.
+
+    Feedback is on seen prompts, tests are on seen and unseen ones, captions of pre-training pairs are the others.
+    """
+    rng = random.Random(seed)
+    seen, unseen, others = [], [], []
     for category in CATEGORIES:
         prompts = [p for p in all_prompts(grammar) if p.category == category]
-        order.shuffle(prompts)
-        cut = round(len(prompts) * unseen)
-        held_out += prompts[:cut]
-        seen += prompts[cut:]
-    return seen, held_out
+        rng.shuffle(prompts)
+        quarter, eighth = len(prompts) // 4, len(prompts) // 8
+        unseen += prompts[:quarter]
+        others += prompts[quarter : quarter + eighth]
+        seen += prompts[quarter + eighth :]
+    return seen, unseen, others
 
 
 def exchange(prompt: Prompt, attribute: str, grammar: Grammar, rng: random.Random) -> Prompt:

@@ -75,10 +75,11 @@ def embed_images(clip: CLIP, images: Sequence[Image.Image], batch: int = 128) ->
 
 
 @torch.no_grad()
-def embed_texts(clip: CLIP, prompts: Sequence[str]) -> Tensor:
+def embed_texts(clip: CLIP, prompts: Sequence[str], batch: int = 256) -> Tensor:
     """CLIP embeddings (B,E) of prompts, each different one encoded once."""
     unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    embeds = clip.encode_text(clip.tokenizer(list(unique)).to(clip.logit_scale.device))
+    ids = clip.tokenizer(list(unique)).to(clip.logit_scale.device)
+    embeds = torch.cat([clip.encode_text(part) for part in ids.split(batch)])
     return embeds[[unique[prompt] for prompt in prompts]]
 
 
@@ -137,7 +138,7 @@ def train_reward(
 
 def area_under_curve(score: Tensor, label: Tensor) -> float | None:
     """Probability that a good pair scores above a bad one, ties counting half; None where one kind is missing."""
-    good, bad = score[label > 0.5].double(), score[label <= 0.5].double()
+    good, bad = score[label > 0.5].cpu().double(), score[label <= 0.5].cpu().double()
     if not len(good) or not len(bad):
         return None
     difference = good[:, None] - bad[None]

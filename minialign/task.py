@@ -40,6 +40,11 @@ class Task:
     reference: Callable[[], list[Image.Image]] | None = None  # what good images look like, for the Frechet distance
 
 
+def noise_seed(run_seed: int, i: int, *, test: bool = False) -> int:
+    """The seed of a run's i-th starting noise; no two runs share one, nor feedback and test."""
+    return 1_000_000 + 200_000 * run_seed + 100_000 * test + i
+
+
 def own_task(feedback: Path, test_images: int, seed: int) -> Task:
     """A task from a label file (see `read_feedback`); contrastive prompts are the file's other prompts.
 
@@ -56,5 +61,6 @@ def own_task(feedback: Path, test_images: int, seed: int) -> Task:
     def reference() -> list[Image.Image]:
         return [Image.open(path).convert("RGB") for path in good]
 
-    test = [TestItem(prompts[i % len(prompts)], seed + i, ("seen",)) for i in range(test_images)]
+    order = random.Random(seed).sample(prompts, len(prompts))
+    test = [TestItem(order[i % len(order)], noise_seed(seed, i, test=True), ("seen",)) for i in range(test_images)]
     return Task(contrastive, test, given=rows, reference=reference)

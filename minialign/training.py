@@ -29,11 +29,6 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(state)
 
 
-def permutation(size: int, seed: int, epoch: int) -> Tensor:
-    """The order of `size` items in an epoch."""
-    return torch.randperm(size, generator=generator(seed, epoch))
-
-
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, decay: float = 1.0) -> float:
     """Linear warm-up over `warmup` steps, constant, then cosine to zero over the last fraction `decay`."""
     if step < warmup:
@@ -100,7 +95,7 @@ def _flush(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -125,7 +120,7 @@ def save_checkpoint(
         tensors |= {f"ema.{name}": weight for name, weight in ema.weights.items()}
     with atomic(folder / f"step-{step}") as temporary:
         temporary.mkdir()
-        write_tensors(temporary / "state.safetensors", tensors)
+        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary / "state.safetensors")
     for old in checkpoints(folder)[:-1]:
         shutil.rmtree(old)
 

@@ -20,11 +20,17 @@ def test_wilson_interval_solves_its_equation():
 def test_paired_interval_is_the_normal_one():
     before, after = [0, 0, 1, 1.0], [1, 0, 1, 1.0]
     half = 1.96 * math.sqrt(0.25 / 4)  # the gains 1, 0, 0, 0 have variance 1/4
-    assert paired_interval(before, after) == pytest.approx([0.25 - half, 0.25 + half])
+    assert paired_interval(before, after, list("abcd")) == pytest.approx([0.25 - half, 0.25 + half])
+
+
+def test_repeating_a_prompt_is_no_new_evidence():
+    before, after, prompts = [0, 0, 1, 1.0], [1, 0, 1, 1.0], list("abcd")
+    once = paired_interval(before, after, prompts)
+    assert paired_interval(before * 5, after * 5, prompts * 5) == pytest.approx(once)
 
 
 def test_compare_counts_by_group():
-    table = compare([("count", "seen"), ("color", "seen"), ("count", "unseen")], [1, 0, 0], [1, 1, 0])
+    table = compare([("count", "seen"), ("color", "seen"), ("count", "unseen")], list("abc"), [1, 0, 0], [1, 1, 0])
     assert table["before"] == {"overall": pytest.approx(1 / 3), "count": 0.5, "seen": 0.5, "color": 0.0, "unseen": 0.0}
     assert table["after"]["overall"] == pytest.approx(2 / 3)
     assert table["ci95"]["after"]["seen"] == wilson_interval(2, 2)
@@ -41,6 +47,7 @@ def test_frechet_distance_of_gaussians_with_one_basis():
     distance = frechet_distance((x * s1) @ basis, (x * s2 + shift) @ basis)
     assert distance == pytest.approx(5 + 2, rel=1e-6)
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(x, x[:1]) is None and frechet_distance(x * math.nan, x) is None
 
 
 def test_diversity_is_the_mean_cosine_distance_within_prompts():

@@ -32,6 +32,15 @@ def test_labels_are_kept_and_counted_by_majority(tmp_path):
         FeedbackStore(tmp_path)
 
 
+def test_an_image_is_judged_for_each_of_its_prompts(tmp_path):
+    store = FeedbackStore(tmp_path)
+    store.add_images([("a cat", "0.png", None), ("a dog", "0.png", None)])
+    cat, dog = store.images()
+    store.add_labels("ann", [(cat.id, "good"), (dog.id, "bad")])
+    assert (cat.prompt, dog.prompt) == ("a cat", "a dog") and store.labels() == {cat.id: 1.0, dog.id: 0.0}
+    store.close()
+
+
 ROWS = [("a cat", "0.png", "good"), ("a dog", "1.png", "0"), ("a cow, red", "1.png", "Skip")]
 
 
@@ -57,6 +66,7 @@ def test_files_of_labels_are_read(images, kind):
     ("text", "message"),
     [
         ("prompt,image,label\na,0.png,bad\n", "none of its 1 images is labelled good"),
+        ("prompt,image,label\na,0.png,good\na,0.png,bad\n", "none of its 2 images is labelled good"),
         ("prompt,image,label\na,0.png,fine\n", "line 2: label 'fine'; accepted: 1, 0, true, false, good, bad, skip"),
         ("prompt,picture,label\na,0.png,good\n", "line 2: no 'image'; columns needed: prompt, image, label"),
         ("prompt,image,label\na,9.png,good\n", "9.png cannot be read"),

@@ -1,7 +1,11 @@
 """Fine-tuning and the main job: unbiased draws, the right direction, bit-identical resuming, files, clear errors."""
 
 import json
+import shutil
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,6 +88,12 @@ def test_a_resumed_finetuning_is_bit_identical(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_weights_that_are_not_finite_are_not_kept(tmp_path):
+    with pytest.raises(InputError, match="step 5: the gradient is not finite"):
+        two_kinds(0.8, 10, tmp_path, peak_learning_rate=1e30)
+    assert not list(tmp_path.iterdir())
+
+
 def test_bfloat16_autocast_trains_float32_weights(tmp_path):
     unet = two_kinds(0.8, 4, tmp_path, dtype=torch.bfloat16)
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in unet.parameters())
@@ -162,6 +172,40 @@ def test_a_run_that_died_in_a_stage_goes_on_to_the_same_weights(finished, tmp_pa
     assert all(torch.equal(a, b) for a, b in zip(unets[0].parameters(), unets[1].parameters()))
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from minialign import training
+whole, calls = training.save_file, 0
+def dies(tensors, path, *more):
+    global calls
+    calls += 1
+    if calls == {call}:
+        Path(path).write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    whole(tensors, path, *more)
+training.save_file = dies
+from test_finetune import small_run
+small_run(Path({folder!r}))
+"""
+
+
+@pytest.mark.parametrize("call", [1, 3])  # while the rewards are written, and the second checkpoint
+def test_a_run_killed_while_it_writes_goes_on_to_the_same_weights(finished, tmp_path, call):
+    folder = tmp_path / "run"
+    code = KILLED.format(tests=str(Path(__file__).parent), call=call, folder=str(folder))
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL and list(folder.rglob(".*.tmp"))
+    results = small_run(folder)
+    assert not list(folder.rglob(".*.tmp")) and results["interruptions"] == 1
+    assert results["alignment"] == finished[1]["alignment"]
+    unets = [Pipeline.from_pretrained(path / "model").unet for path in (finished[0], folder)]
+    assert all(torch.equal(a, b) for a, b in zip(unets[0].parameters(), unets[1].parameters()))
+    logs = [(path / "metrics.jsonl").read_text() for path in (finished[0], folder)]
+    assert logs[0] == logs[1]
+
+
 def command(monkeypatch, capsys, *arguments) -> tuple[int, str]:
     monkeypatch.setattr(sys, "argv", ["finetune", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
@@ -207,11 +251,18 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys)
         (("--model", EMBEDDED, "--feedback", unreadable, *clip), "3.png cannot be read"),
     ]
     fine = own_images(tmp_path / "fine")
+    no_tokenizer = shutil.copytree(EMBEDDED, tmp_path / "no_tokenizer")
+    shutil.rmtree(no_tokenizer / "tokenizer")
     cases += [
         (("--model", "./nowhere", "--feedback", fine, *clip), "./nowhere: not found"),
         (("--model", "someone/nothing", "--feedback", fine, *clip), "someone/nothing: neither a folder nor a hub id"),
         (("--model", EMBEDDED, "--feedback", fine, "--clip", "./c", "--out", "run"), "./c: not found"),
-        (("--fresh", "--out", "fine"), "does not look like a run"),
+        (("--fresh", "--out", "fine"), "--out fine: holds files that are not a run's"),
+        (("--out", EMBEDDED / "clip"), "holds files that are not a run's"),  # which has a config.json
+        (("--out", "long" * 100), "cannot be used (File name too long)"),
+        (("--device", "meta"), "--device meta: cannot be used"),
+        (("--steps", "9" * 400), "accepted: a whole number from 1 up"),
+        (("--model", no_tokenizer, "--feedback", fine, *clip), "tokenizer.json: cannot be read"),
     ]
     held = sorted(path.name for path in tmp_path.rglob("*"))
     for arguments, message in cases:
@@ -273,5 +324,13 @@ def test_own_images_go_through_the_same_code(source, tmp_path, monkeypatch, caps
         mine = pipe.generate("a red circle", steps=4, guidance=3.0, latents=latents)[0]
         assert np.abs(theirs - np.asarray(mine, float)).max() <= 1
     else:
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+        bad = ["--model", "./nowhere", *arguments[2:]]
+        code, _ = command(monkeypatch, capsys, *bad, "--steps", 4, "--batch-size", 4, "--fresh")
+        assert code == 2 and before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+        with open(labels, "a") as file:
+            file.write("\n" + labels.read_text().splitlines()[0])
+        code, err = command(monkeypatch, capsys, *arguments, "--steps", 3, "--batch-size", 4)
+        assert code == 2 and "was begun with feedback_crc32=" in err
         code, _ = command(monkeypatch, capsys, *arguments, "--steps", 4, "--batch-size", 4, "--fresh")
         assert code == 0 and json.loads((tmp_path / "run" / "results.json").read_text())["settings"]["steps"] == 4

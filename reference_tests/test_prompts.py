@@ -19,13 +19,14 @@ def test_sentences_and_their_parse():
 
 
 def test_unseen_prompts_are_new_combinations_of_seen_words():
-    seen, unseen = split(SHAPES)
-    assert not set(seen) & set(unseen) and set(seen) | set(unseen) == set(all_prompts(SHAPES))
-    share = Counter(prompt.category for prompt in unseen)
-    assert share == {"count": 4, "color": 4, "background": 4, "combination": 64}
+    seen, unseen, others = split(SHAPES)
+    assert Counter([*seen, *unseen, *others]) == Counter(all_prompts(SHAPES))
+    shares = [Counter(prompt.category for prompt in prompts) for prompts in (unseen, others)]
+    assert shares[0] == {"count": 4, "color": 4, "background": 4, "combination": 64}
+    assert shares[1] == {"count": 2, "color": 2, "background": 2, "combination": 32}
     for attribute in ATTRIBUTES:
         assert {getattr(p, attribute) for p in unseen} <= {getattr(p, attribute) for p in seen}
-    assert split(SHAPES) == (seen, unseen) and split(SHAPES, seed=1) != (seen, unseen)
+    assert split(SHAPES) == (seen, unseen, others) and split(SHAPES, seed=1) != (seen, unseen, others)
 
 
 def test_contrastive_prompts_differ_in_what_the_prompt_says():

@@ -76,6 +76,15 @@ def test_the_annotator_is_right_on_reconstructions():
     mean, _ = pipe.encode_images(drawings)
     seen = [image for part in mean.split(50) for image in pipe.decode(part)]
     assert judged_right(seen, scenes) >= 0.98
+    assert sum(read(image) == scene for image, scene in zip(seen, scenes)) / len(scenes) >= 0.98
+
+
+def test_a_color_off_the_palette_matters_where_a_color_is_asked_for():
+    orange = draw(Scene(1, "red", "star", "at night"), random.Random(0)).convert("RGB")
+    pixels = np.asarray(orange).copy()
+    pixels[pixels[..., 0] > 150] = (250, 130, 30)
+    asked = [Prompt("color", "star", color="red"), Prompt("count", "star", count="one")]
+    assert judge([Image.fromarray(pixels)] * 2, asked) == ["bad", "good"]
 
 
 def test_the_annotator_skips_what_is_not_a_drawing():
@@ -140,11 +149,14 @@ def test_the_task_keeps_test_noise_and_unseen_prompts_apart():
     drawn = {text for text, _ in task.draw}
     assert len(task.draw) == 200 and len({seed for _, seed in task.draw}) == 200
     assert not {seed for _, seed in task.draw} & {item.seed for item in task.test}
-    unseen = {item.prompt for item in task.test if "unseen" in item.groups}
-    assert len(task.test) == 80 and len(unseen) > 10 and not unseen & drawn
+    tested = {name: {item.prompt for item in task.test if name in item.groups} for name in ("seen", "unseen")}
+    assert len(task.test) == 80 and len(tested["unseen"]) > 10 and not tested["unseen"] & drawn
     for category in CATEGORIES:
         assert sum(category in item.groups for item in task.test) == 20
     pairs = task.pretrain()
+    assert not {text for text, _ in pairs} & (drawn | tested["seen"] | tested["unseen"])
+    other = shapes_task(images=200, labels=100, test_images=80, pretrain_images=40, seed=1)
+    assert not {seed for _, seed in other.draw} & {item.seed for item in task.test}
     assert len(pairs) == 40 and all(image.size == (SIZE, SIZE) for _, image in pairs)
     assert len(task.reference()) == 80
     rng = random.Random(0)

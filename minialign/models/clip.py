@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .blocks import read_config
-from .pretrained import EMBEDDED, load_network, read_json, resolve, save_network
+from .pretrained import EMBEDDED, InputError, load_network, read_json, resolve, save_network
 from .tokenizer import Tokenizer
 
 FILES = ["config.json", "*.safetensors", "vocab.json", "merges.txt", "*_config.json"]  # what is fetched from a hub
@@ -273,6 +273,10 @@ class CLIP(CLIPTowers):
         clip = load_network(cls, folder, device=device, dtype=dtype)
         clip.tokenizer = Tokenizer.from_pretrained(folder)
         clip.preprocessing = read_json(folder / "preprocessor_config.json")
+        try:
+            clip.preprocess([Image.new("RGB", (8, 8))])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{folder / 'preprocessor_config.json'}: {error}") from error
         return clip
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:

@@ -35,7 +35,9 @@ def resolve(source: str | Path | None, patterns: list[str], revision: str | None
         return EMBEDDED
     if Path(source).is_dir():
         return Path(source)
-    if Path(source).exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source)):
+    if Path(source).is_file():
+        raise InputError(f"{source}: a file; accepted: a folder in the diffusers layout or a hub id such as owner/name")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source)):
         raise InputError(
             f"{source}: not found; accepted: a folder in the diffusers layout or a hub id such as owner/name"
         )
@@ -49,13 +51,21 @@ def resolve(source: str | Path | None, patterns: list[str], revision: str | None
         raise InputError(f"{source}: neither a folder nor a hub id that can be fetched ({reason})") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint."""
+def read_bytes(path: Path) -> bytes:
+    """A file's content; InputError names a file that cannot be read."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a checkpoint or a run."""
+    try:
+        value = json.loads(read_bytes(path).decode("utf-8"))
     except ValueError as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path}: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: a JSON object is needed, not {type(value).__name__}")

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .pretrained import InputError, read_bytes, read_json
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 SUFFIXES = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 
@@ -76,19 +78,27 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Tokenizer:
-        """Read vocab.json and merges.txt, or tokenizer.json alone, and tokenizer_config.json of a folder."""
+        """Read vocab.json and merges.txt, or tokenizer.json alone, and tokenizer_config.json of a folder.
+
+        InputError names a file that is missing or not what it should be.
+        """
         folder = Path(folder)
-        if (folder / "vocab.json").exists():
-            vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-            pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        else:  # what transformers writes since version 5
-            whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-            vocab = whole["model"]["vocab"] | {token["content"]: token["id"] for token in whole["added_tokens"]}
-            pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in whole["model"]["merges"]]
-        merges = [(a, b) for a, b in pairs]
         path = folder / "tokenizer_config.json"
-        return cls(vocab, merges, json.loads(path.read_text(encoding="utf-8")) if path.exists() else None)
+        config = read_json(path) if path.exists() else None
+        try:
+            if (folder / "vocab.json").exists():
+                vocab = read_json(folder / "vocab.json")
+                lines = read_bytes(folder / "merges.txt").decode("utf-8").split("\n")
+                pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+            else:  # what transformers writes since version 5
+                whole = read_json(folder / "tokenizer.json")
+                vocab = whole["model"]["vocab"] | {token["content"]: token["id"] for token in whole["added_tokens"]}
+                pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in whole["model"]["merges"]]
+            return cls(vocab, [(a, b) for a, b in pairs], config)
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{folder}: not a CLIP tokenizer's files ({error})") from error
 
     def save_pretrained(self, folder: str | Path) -> None:
         folder = Path(folder)

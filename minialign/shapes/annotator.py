@@ -39,18 +39,21 @@ class Region:
 
 
 def read(image: Image.Image) -> Scene | None:
-    """What a drawing shows, or None where it cannot be told: not clean, no object, or objects that differ."""
+    """What a drawing shows, or None where it cannot be told: not clean, no object, or shapes that differ.
+
+    The color is "other" where it is none of the palette's, or not the same for all objects.
+    """
     found = look(image)
     if found is None:
         return None
     background, regions = found
     colors = {_nearest(region.color, COLORS) for region in regions}
     shapes = {_shape(region.numbers) for region in regions}
-    if len(colors) != 1 or len(shapes) != 1 or None in colors or None in shapes:
+    shape = shapes.pop()
+    if shapes or shape is None or len(regions) > len(SHAPES.counts):
         return None
-    if not 1 <= len(regions) <= len(SHAPES.counts):
-        return None
-    return Scene(len(regions), str(colors.pop()), str(shapes.pop()), background)
+    color = colors.pop() if len(colors) == 1 else None
+    return Scene(len(regions), color or "other", shape, background)
 
 
 def judge(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[str]:

@@ -2,7 +2,7 @@
 
 Draws captioned scenes, trains a VAE, a CLIP and a UNet on them, and writes a Stable-Diffusion-shaped checkpoint in the
 diffusers layout. Captions are deliberately noisy, as web captions are: the UNet first learns the words from clean
-captions, then sees captions whose words are wrong with probability `--caption-noise`, so that it draws clean pictures
+captions, then sees captions whose words are wrong with probability CAPTION_NOISE, so that it draws clean pictures
 that follow the prompt only about half of the time. That is the model that human feedback is to repair.
 Every stage resumes from its last checkpoint when the command is run again.
 """
@@ -322,8 +322,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=48_000, help="number of drawings")
     parser.add_argument("--vae-steps", type=int, default=2_500, help="of 16 drawings")
     parser.add_argument("--clip-steps", type=int, default=1_500, help="of 256 captioned drawings")
-    parser.add_argument("--unet-steps", type=int, default=7_500, help="of 64 drawings with clean captions")
-    parser.add_argument("--noisy-steps", type=int, default=2_000, help="of 64 drawings with noisy captions")
+    parser.add_argument("--unet-steps", type=int, default=12_000, help="of 64 drawings with clean captions")
+    parser.add_argument("--noisy-steps", type=int, default=4_000, help="of 64 drawings with noisy captions")
     parser.add_argument("--decoder-steps", type=int, default=2_000, help="of 16 drawings, for the VAE's decoder alone")
     parser.add_argument("--only", choices=("vae", "clip"), help="train one part and stop: the two can run side by side")
     a = parser.parse_args()

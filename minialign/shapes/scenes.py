@@ -28,7 +28,10 @@ RADII = {1: (12.0, 17.0), 2: (10.5, 14.0), 3: (10.0, 12.5), 4: (9.5, 11.5)}  # c
 
 @dataclass(frozen=True)
 class Scene:
-    """What a drawing shows: count in 1..4, and a word of the SHAPES grammar for each other attribute."""
+    """What a drawing shows: count in 1..4, and a word of the SHAPES grammar for each other attribute.
+
+    The color may also be "other", which is read in a model's images and never drawn.
+    """
 
     count: int
     color: str

@@ -8,27 +8,26 @@ from collections.abc import Sequence
 from PIL import Image
 
 from ..prompts import CATEGORIES, SHAPES, Prompt, all_prompts, contrastive, corrupt, parse, split
-from ..task import Task, TestItem
+from ..task import Task, TestItem, noise_seed
 from .annotator import judge
 from .scenes import draw, sample_scene
 
-CAPTION_NOISE = 0.3  # of the pre-training captions, see pretrain.py
-FEEDBACK_SEEDS, TEST_SEEDS = 1_000_000, 2_000_000  # starting noise of the two never meets
+CAPTION_NOISE = 0.4  # of the pre-training captions, see pretrain.py
 
 
 def shapes_task(images: int, labels: int, test_images: int, pretrain_images: int, seed: int) -> Task:
     """Draw `images` for the seen prompts, label `labels` of them, test on `test_images` of seen and unseen prompts.
 
-    A quarter of the prompts of each category is held out as unseen: no feedback and no pre-training pair of the
-    fine-tuning shows one. Both sets are spread evenly over the categories.
+    `seed` decides which prompts are seen, unseen and others (`split`): only seen ones get feedback, and the captions of
+    the pre-training pairs are others, noisy as in the pre-training. Tests are spread evenly over the categories.
     """
-    seen, unseen = split(SHAPES)
+    seen, unseen, others = split(SHAPES, seed)
     rng = random.Random(seed)
     drawn = [prompt.text for prompt in _spread(seen, images, rng)]
     test: list[TestItem] = []
     for name, prompts in (("seen", seen), ("unseen", unseen)):
         for prompt in _spread(prompts, test_images // 2, rng):
-            test.append(TestItem(prompt.text, TEST_SEEDS + seed * 100_000 + len(test), (prompt.category, name)))
+            test.append(TestItem(prompt.text, noise_seed(seed, len(test), test=True), (prompt.category, name)))
 
     def contrastive_texts(text: str, number: int, rng: random.Random) -> list[str]:
         return [other.text for other in contrastive(_parse(text), number, SHAPES, rng)]
@@ -39,9 +38,9 @@ def shapes_task(images: int, labels: int, test_images: int, pretrain_images: int
     def pretrain() -> list[tuple[str, Image.Image]]:
         rng = random.Random(seed + 1)
         pairs = []
-        for prompt in _spread(seen, pretrain_images, rng):
-            caption = corrupt(prompt, CAPTION_NOISE, SHAPES, rng)
-            pairs.append((caption.text, draw(sample_scene(prompt, rng), rng)))
+        for caption in rng.choices(others, k=pretrain_images):
+            shown = corrupt(caption, CAPTION_NOISE, SHAPES, rng)  # mistakes are as likely in either direction
+            pairs.append((caption.text, draw(sample_scene(shown, rng), rng)))
         return pairs
 
     def reference() -> list[Image.Image]:
@@ -51,7 +50,7 @@ def shapes_task(images: int, labels: int, test_images: int, pretrain_images: int
     return Task(
         contrastive_texts,
         test,
-        draw=[(text, FEEDBACK_SEEDS + seed * 100_000 + i) for i, text in enumerate(drawn)],
+        draw=[(text, noise_seed(seed, i)) for i, text in enumerate(drawn)],
         labels=labels,
         judge=judge_texts,
         judge_name="simulated annotator",
