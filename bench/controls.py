@@ -2,7 +2,8 @@
 
 Fine-tunes the embedded model again on the run's own images with other weights in place of the reward: r itself,
 1 for every image, and 1 - r, which must hurt; then judges each on the run's test items. Prints a Markdown table with
-what the loss's optimum predicts: p(x|z) proportional to p_0(x|z) r(x,z), mixed with beta times the pre-training pairs'.
+what the loss's optimum predicts where the prompts of the pre-training pairs are others: p(x|z) proportional to
+p_0(x|z) r(x,z), so that the aligned part of the model's images grows to their part of all weight.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from minialign import CLIP, Pipeline, RewardModel
 from minialign.evaluate import judge_both
 from minialign.feedback import FeedbackStore
 from minialign.finetune import finetune_pipeline
-from minialign.shapes.task import CAPTION_NOISE, shapes_task
+from minialign.shapes.task import shapes_task
 from minialign.training import read_tensors, write_tensors
 
 CONTROLS = {
@@ -41,15 +42,13 @@ def main() -> None:
     reward = read_tensors(run / "cache" / "reward.safetensors")["reward"]
     verdicts = task.judge(pictures, prompts)
     aligned = torch.tensor([verdict == "good" for verdict in verdicts])
-    # a pre-training caption is true when none of its noisy words is wrong: two words, or four in a combination
-    truth = sum((1 - CAPTION_NOISE) ** words for words in (2, 2, 2, 4)) / 4
     clip, judge = CLIP.from_pretrained(), RewardModel.from_pretrained(run / "reward")
     sampling = {"steps": settings["sampling_steps"], "guidance": settings["guidance"], "batch": settings["batch_size"]}
     print("| weight of a model image | predicted | before | after | gain, 95 % interval | Frechet distance after |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, change in CONTROLS.items():
-        weight, beta = change(reward), settings["beta"]
-        predicted = (weight[aligned].sum() / len(weight) + beta * truth) / (weight.mean() + beta)
+        weight = change(reward)
+        predicted = weight[aligned].sum() / weight.sum()
         folder = run / "controls" / name.split(" (")[0].replace(" ", "")
         shutil.rmtree(folder, ignore_errors=True)  # or its checkpoints would be gone on with
         write_tensors(folder / "cache" / "reward.safetensors", {"reward": weight})

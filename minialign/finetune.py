@@ -254,7 +254,7 @@ def run(
     with job.stage("reward", f"an MLP on CLIP features learns {len(labels)} labels and scores all images") as todo:
         if todo:
             known = {i: labels[image.id] for i, image in enumerate(images) if image.id in labels}
-            learn_reward(task, clip, pictures, prompts, known, settings, folder, job.log("reward"))
+            learn_reward(task.contrastive, clip, pictures, prompts, known, settings, folder, job.log("reward"))
     reward = RewardModel.from_pretrained(folder / "reward", device=device)
     with job.stage("finetune", "the UNet learns its own images again, each weighted by its reward") as todo:
         if todo:

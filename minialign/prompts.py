@@ -9,6 +9,7 @@ by exchanging words instead of by asking a language model.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 CATEGORIES = ("count", "color", "background", "combination")
@@ -115,9 +116,11 @@ def contrastive(prompt: Prompt, number: int, grammar: Grammar, rng: random.Rando
     return list(found)
 
 
-def corrupt(prompt: Prompt, noise: float, grammar: Grammar, rng: random.Random) -> Prompt:
-    """A caption with mistakes: each fixed word is exchanged for another one with probability `noise`."""
-    for attribute in ATTRIBUTES:
+def corrupt(
+    prompt: Prompt, noise: float, grammar: Grammar, rng: random.Random, attributes: Sequence[str] = ATTRIBUTES
+) -> Prompt:
+    """A caption with mistakes: each word fixed by `attributes` is exchanged for another with probability `noise`."""
+    for attribute in attributes:
         if getattr(prompt, attribute) is not None and rng.random() < noise:
             prompt = exchange(prompt, attribute, grammar, rng)
     return prompt

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from .models.clip import CLIP
 from .models.pretrained import InputError, load_network, save_network
-from .task import Task
 from .training import atomic, generator, progress, write_json, write_tensors
 
 HELD_OUT = 0.2  # of the labelled prompts judge the reward model
@@ -160,7 +159,7 @@ def calibration(reward: Tensor, label: Tensor, bins: int = 10) -> list[dict[str,
 
 
 def learn_reward(
-    task: Task,
+    contrastive: Callable[[str, int, random.Random], list[str]],
     clip: CLIP,
     pictures: Sequence[Image.Image],
     prompts: Sequence[str],
@@ -180,7 +179,7 @@ def learn_reward(
     test = [i for i in labels if prompts[i] in held_out]
     if not any(labels[i] for i in train):  # too few labels to spare any
         train, test = list(labels), []
-    choices = [task.contrastive(prompts[i], CONTRASTIVE, rng) for i in train]
+    choices = [contrastive(prompts[i], CONTRASTIVE, rng) for i in train]
     number = min(len(choice) for choice in choices)
     flat = embed_texts(clip, [text for choice in choices for text in choice[:number]] or [""])
     contrast = flat[: len(train) * number].reshape(len(train), number, clip.width)

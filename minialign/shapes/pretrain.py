@@ -2,8 +2,8 @@
 
 Draws captioned scenes, trains a VAE, a CLIP and a UNet on them, and writes a Stable-Diffusion-shaped checkpoint in the
 diffusers layout. Captions are deliberately noisy, as web captions are: the UNet first learns the words from clean
-captions, then sees captions whose words are wrong with probability CAPTION_NOISE, so that it draws clean pictures
-that follow the prompt only about half of the time. That is the model that human feedback is to repair.
+captions, then sees captions that say another count, color or background with probability CAPTION_NOISE each, so that
+it draws clean pictures that follow the prompt only about half of the time. That model is what feedback is to repair.
 Every stage resumes from its last checkpoint when the command is run again.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..models.tokenizer import END, START, Tokenizer, byte_characters, split_wor
 from ..models.unet import UNet
 from ..models.vae import VAE
 from ..pipeline import Pipeline
-from ..prompts import SHAPES, all_prompts, corrupt
+from ..prompts import ATTRIBUTES, SHAPES, all_prompts, corrupt
 from ..training import (
     EMA,
     atomic,
@@ -41,7 +42,7 @@ from ..training import (
 )
 from .annotator import calibrate
 from .scenes import SIZE, Scene, draw, sample_scene
-from .task import CAPTION_NOISE
+from .task import CAPTION_NOISE, NOISY
 
 CLIP_NOISE = 0.1  # CLIP's captions are cleaner: its features are to see what the pictures show
 CONTEXT = 64  # width of the text tower
@@ -149,8 +150,8 @@ def draw_dataset(number: int, seed: int) -> tuple[Tensor, list[Scene]]:
 class Captions:
     """Captions of the scenes as row numbers of the table of all prompts; the last row is the empty prompt."""
 
-    def __init__(self, scenes: list[Scene], noise: float, seed: int):
-        self.scenes, self.noise, self.seed = scenes, noise, seed
+    def __init__(self, scenes: list[Scene], noise: float, seed: int, noisy: Sequence[str] = ATTRIBUTES):
+        self.scenes, self.noise, self.seed, self.noisy = scenes, noise, seed, noisy
         self.prompts = all_prompts(SHAPES)
         self.texts = [prompt.text for prompt in self.prompts] + [""]
         self.row = {prompt: i for i, prompt in enumerate(self.prompts)}
@@ -163,7 +164,7 @@ class Captions:
             scene = self.scenes[i]
             fitting = ("count", "color", "background", "combination") if scene.count == 1 else ("count", "combination")
             prompt = scene.prompt(rng.choices(fitting, [2 if c == "combination" else 1 for c in fitting])[0])
-            rows.append(self.row[corrupt(prompt, self.noise, SHAPES, rng)])
+            rows.append(self.row[corrupt(prompt, self.noise, SHAPES, rng, self.noisy)])
         return torch.tensor(rows)
 
 
@@ -340,7 +341,7 @@ def main() -> None:
     clip.tokenizer, clip.preprocessing = tokenizer, PREPROCESSOR_CONFIG
     text_encoder = TextEncoder(clip.config["text_config"]).eval()
     text_encoder.text_model.load_state_dict(clip.text_model.state_dict())
-    clean, noisy = (Captions(scenes, noise, a.seed + 1) for noise in (0.0, CAPTION_NOISE))
+    clean, noisy = (Captions(scenes, noise, a.seed + 1, NOISY) for noise in (0.0, CAPTION_NOISE))
     with torch.no_grad():
         context = text_encoder(tokenizer(clean.texts))
     latents = encode_dataset(vae, images, a.out / "latents.safetensors")
