@@ -20,8 +20,9 @@ from minialign import CLIP, Pipeline, RewardModel
 from minialign.evaluate import judge_both
 from minialign.feedback import FeedbackStore
 from minialign.finetune import finetune_pipeline
+from minialign.models.pretrained import read_weights
 from minialign.shapes.task import shapes_task
-from minialign.training import read_tensors, write_tensors
+from minialign.training import write_tensors
 
 CONTROLS = {
     "r (the method)": lambda r: r,
@@ -39,7 +40,7 @@ def main() -> None:
     images = FeedbackStore(run).images()
     pictures = [Image.open(image.path).convert("RGB") for image in images]
     prompts = [image.prompt for image in images]
-    reward = read_tensors(run / "cache" / "reward.safetensors")["reward"]
+    reward = read_weights(run / "cache" / "reward.safetensors")["reward"]
     verdicts = task.judge(pictures, prompts)
     aligned = torch.tensor([verdict == "good" for verdict in verdicts])
     clip, judge = CLIP.from_pretrained(), RewardModel.from_pretrained(run / "reward")

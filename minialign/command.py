@@ -44,6 +44,6 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted: the same command (without --fresh) goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)

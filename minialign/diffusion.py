@@ -127,11 +127,12 @@ class NoiseSchedule:
     def timesteps(self, steps: int) -> Tensor:
         """The (steps,) timesteps that sampling visits, from most to least noise.
 
-        Spacings as in Lin et al. 2024, table 2; only "trailing" begins at the last training timestep exactly.
+        Spacings as in Lin et al. 2024, table 2; "leading" does not begin at the last training timestep.
         """
         total = len(self.alphas_cumprod)
-        if not 1 <= steps <= total:
-            raise ValueError(f"steps={steps} is out of range; accepted: 1 to {total}")
+        most = total - self.steps_offset if self.spacing == "leading" else total
+        if not 1 <= steps <= most:
+            raise ValueError(f"steps={steps} is out of range; accepted: 1 to {most}")
         if self.spacing == "leading":
             return torch.arange(steps).flip(0) * (total // steps) + self.steps_offset
         if self.spacing == "trailing":

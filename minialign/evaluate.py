@@ -70,10 +70,10 @@ def compare(
 def frechet_distance(features: Tensor, reference: Tensor) -> float | None:
     """Frechet distance of Gaussians fitted to features (N,E) and (M,E) (Heusel et al. 2017, equation 6).
 
-    None where it has no value: fewer than two rows, or features that are not finite.
+    None where it has no value: fewer than two rows.
     """
     a, b = features.cpu().double(), reference.cpu().double()
-    if min(len(a), len(b)) < 2 or not (a.isfinite().all() and b.isfinite().all()):
+    if min(len(a), len(b)) < 2:
         return None
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     # the trace of the root of cov_a cov_b from that product's eigenvalues, which are real and not negative

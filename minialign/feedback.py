@@ -7,6 +7,7 @@ One SQLite file a run: prompts, images (a path, a seed), labels (labeller, verdi
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sqlite3
 from collections import Counter
@@ -50,14 +51,18 @@ class FeedbackStore:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.database = sqlite3.connect(folder / "feedback.sqlite")
-        self.database.execute("PRAGMA journal_mode=WAL")
-        self.database.execute("PRAGMA synchronous=FULL")
-        version = self.database.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, VERSION):
-            raise InputError(f"{folder / 'feedback.sqlite'}: schema version {version}; supported: {VERSION}")
-        self.database.executescript(SCHEMA)
-        self.database.execute(f"PRAGMA user_version={VERSION}")
+        path = folder / "feedback.sqlite"
+        self.database = sqlite3.connect(path)
+        try:
+            self.database.execute("PRAGMA journal_mode=WAL")
+            self.database.execute("PRAGMA synchronous=FULL")
+            version = self.database.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, VERSION):
+                raise InputError(f"{path}: schema version {version}; supported: {VERSION}")
+            self.database.executescript(SCHEMA)
+            self.database.execute(f"PRAGMA user_version={VERSION}")
+        except sqlite3.DatabaseError as error:
+            raise InputError(f"{path}: cannot be used ({error})") from error
 
     def close(self) -> None:
         self.database.close()
@@ -100,7 +105,7 @@ def read_feedback(path: Path) -> list[tuple[str, Path, str]]:
     and what is accepted; every image is opened, and at least one must be good.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as text ({error})") from error
     rows = []
@@ -114,12 +119,17 @@ def read_feedback(path: Path) -> list[tuple[str, Path, str]]:
         image = path.parent / str(row["image"])
         check_image(image, f"{path}, line {number}")
         rows.append((str(row["prompt"]), image.resolve(), verdict))
+    if not any(vote > 0 for vote in count_votes(rows).values()):
+        raise InputError(f"{path}: none of its {len(rows)} images is labelled good; at least one is needed")
+    return rows
+
+
+def count_votes(rows: Iterable[tuple[str, Path, str]]) -> Counter[tuple[str, Path]]:
+    """For each pair of prompt and image the number of good verdicts less that of bad ones."""
     votes: Counter[tuple[str, Path]] = Counter()
     for prompt, image, verdict in rows:
         votes[prompt, image] += {"good": 1, "bad": -1, "skip": 0}[verdict]
-    if not any(vote > 0 for vote in votes.values()):
-        raise InputError(f"{path}: none of its {len(rows)} images is labelled good; at least one is needed")
-    return rows
+    return votes
 
 
 def check_image(path: Path, where: str) -> None:
@@ -133,10 +143,14 @@ def check_image(path: Path, where: str) -> None:
 
 def _rows(path: Path, text: str) -> Iterable[tuple[int, dict[str, Any]]]:
     """(line number, columns) of a CSV or JSON lines file."""
-    if path.suffix == ".csv":
-        yield from ((number, row) for number, row in enumerate(csv.DictReader(text.splitlines()), 2))
+    if path.suffix.lower() == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        try:
+            yield from ((reader.line_num, row) for row in reader)
+        except csv.Error as error:
+            raise InputError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

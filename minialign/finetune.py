@@ -1,7 +1,7 @@
 """Stage 3 of the method, and the main job of all three stages: python -m minialign.finetune
 
 Draws images with a pre-trained model, has a part of them labelled, learns a reward from the labels, fine-tunes the
-UNet by reward-weighted likelihood plus a pre-training term (Lee et al. 2023, section 4.3; loss.py), and judges the
+UNet by reward-weighted likelihood plus a pre-training term (Lee et al. 2023, section 3.3; loss.py), and judges the
 result on fresh noise. With no argument it runs on the embedded world and needs no network; --model and --feedback
 take the place of its pieces. Every finished stage is kept: the same command goes on where it stopped.
 """
@@ -9,6 +9,7 @@ take the place of its pieces. Every finished stage is kept: the same command goe
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ import re
 import shutil
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,18 +36,18 @@ from .feedback import FeedbackStore
 from .generate import draw_to_folder
 from .loss import reward_weighted_loss
 from .models.clip import CLIP
-from .models.pretrained import InputError, read_bytes, read_json
+from .models.pretrained import InputError, read_bytes, read_json, read_weights
 from .pipeline import Pipeline
 from .reward import RewardModel, learn_reward
 from .shapes.task import shapes_task
-from .task import Task, own_task
+from .task import LAST_SEED, Task, own_task
 from .training import (
     atomic,
     generator,
     learning_rate,
     load_checkpoint,
     progress,
-    read_tensors,
+    remove_unfinished,
     save_checkpoint,
     write_json,
 )
@@ -79,6 +81,7 @@ OWN_DEFAULTS: dict[str, Any] = {  # the paper's learning rate, beta and reward; 
     "reward_steps": 1000,
     "out": "runs/own",
 }
+OWN_CLIP = "openai/clip-vit-large-patch14"  # the paper's
 PRETRAIN_SHARE = 0.25  # of a batch's rows; each term is averaged over its own rows, so this changes noise alone
 PROMPT_DROPOUT = 0.1  # of the prompts are left out, so that guidance keeps its unconditional model
 
@@ -224,15 +227,25 @@ class Run:
 def run(
     settings: dict[str, Any], task: Task, folder: Path, device: torch.device, fresh: bool = False
 ) -> dict[str, Any]:
-    """All stages, each skipped where it is done; the content of results.json. `fresh` removes an earlier run first."""
+    """The whole job; the content of results.json. `fresh` removes an earlier run first."""
     check_folder(folder)
+    read = [settings["model"], settings["clip"], settings.get("feedback"), *(path for _, path, _ in task.given)]
+    for source in filter(None, read):  # which --fresh would remove, and a stage overwrite
+        if Path(source).resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"--out {folder}: holds {source}, which this run reads; use another --out")
     pipe = Pipeline.from_pretrained(settings["model"], device=device)
     clip = CLIP.from_pretrained(settings["clip"], device=device)
     weight = pipe.unet.conv_in.weight.detach().float().cpu()  # stands for the weights: with others it is another run
     settings = settings | {"checkpoint_crc32": f"{zlib.crc32(weight.numpy().tobytes()):08x}"}
-    if fresh:
-        remove_run(folder)
-    job = open_run(folder, settings)
+    with locked(folder):
+        if fresh:
+            remove_run(folder)
+        return run_stages(open_run(folder, settings), pipe, clip, task, settings)
+
+
+def run_stages(job: Run, pipe: Pipeline, clip: CLIP, task: Task, settings: dict[str, Any]) -> dict[str, Any]:
+    """All stages, each skipped where it is done; the content of results.json."""
+    folder, device = job.folder, pipe.device
     sampling = {"steps": settings["sampling_steps"], "guidance": settings["guidance"], "batch": settings["batch_size"]}
     store = FeedbackStore(folder)
     try:
@@ -292,24 +305,31 @@ def _why_evaluate(task: Task) -> str:
     )
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a second process out of a run; the lock goes with the process that holds it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+    except BlockingIOError as error:
+        raise InputError(f"--out {folder}: another process is at work on this run") from error
+
+
 def open_run(folder: Path, settings: dict[str, Any]) -> Run:
     """The run in `folder`, new or gone on with; InputError where it was begun with other settings."""
     path = folder / "config.json"
     if path.exists():
         begun = read_json(path)["settings"]
         for key, value in settings.items():
-            if (was := begun.get(key)) != value:
+            if (was := begun.get(key)) != value and key != "checkpoint_every":
                 raise InputError(f"{folder} was begun with {key}={was!r}, not {value!r}; use another --out, or --fresh")
-        for left in (*folder.rglob(".*.tmp"), *folder.rglob(".*.old")):  # what a killed run was writing
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        remove_unfinished(folder)
     else:
         versions = {"python": platform.python_version(), "torch": torch.__version__}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            made_by = {"minialign": __version__, "versions": versions, "threads": torch.get_num_threads()}
-            write_json(path, {"settings": settings} | made_by)
-        except OSError as error:
-            raise InputError(f"--out {folder}: cannot be written ({error.strerror})") from error
+        made_by = {"minialign": __version__, "versions": versions, "threads": torch.get_num_threads()}
+        write_json(path, {"settings": settings} | made_by)
     return Run(folder)
 
 
@@ -318,17 +338,18 @@ def label(store: FeedbackStore, task: Task, pictures: Sequence[Image.Image], see
     images = store.images()
     if task.judge is None:
         known = {(image.prompt, image.path): image.id for image in images}
-        votes: dict[int, int] = {}
+        votes: Counter[int] = Counter()
+        labellers: dict[int, list[tuple[int, str]]] = {}
         for prompt, path, verdict in task.given:
             image = known[prompt, path]
-            votes[image] = votes.get(image, 0) + 1  # a pair that the file judges again has another labeller
-            store.add_labels(f"file, {votes[image]}", [(image, verdict)])
+            votes[image] += 1  # a pair that the file judges again has another labeller
+            labellers.setdefault(votes[image], []).append((image, verdict))
+        for number, verdicts in labellers.items():
+            store.add_labels(f"file, {number}", verdicts)
         return
     part = sorted(torch.randperm(len(images), generator=generator(seed, 4))[: task.labels].tolist())
-    verdicts = []
-    for i in progress(part, "label"):
-        verdicts += task.judge([pictures[i]], [images[i].prompt])
-    store.add_labels(task.judge_name, zip([images[i].id for i in part], verdicts))
+    judged = [task.judge([pictures[i]], [images[i].prompt])[0] for i in progress(part, "label")]
+    store.add_labels(task.judge_name, zip([images[i].id for i in part], judged))
 
 
 def finetune_pipeline(
@@ -348,12 +369,13 @@ def finetune_pipeline(
 
     def encode(images: Sequence[Image.Image], captions: Sequence[str]) -> Latents:
         batch = settings["batch_size"]
-        parts = [pipe.encode_images(images[i : i + batch]) for i in range(0, len(images), batch)]
+        starts = progress(range(0, len(images), batch), "encode")
+        parts = [pipe.encode_images(images[i : i + batch]) for i in starts]
         mean, std = (torch.cat(part) for part in zip(*parts))
         return Latents(mean, std, torch.tensor([row[text] for text in captions], device=mean.device))
 
     model_images = encode(pictures, prompts)
-    reward = read_tensors(folder / "cache" / "reward.safetensors")["reward"].to(model_images.mean.device)
+    reward = read_weights(folder / "cache" / "reward.safetensors")["reward"].to(model_images.mean.device)
     # without captioned images of its own kind, the model's own images, all weighing one, hold it in place
     pretrain_images = encode([image for _, image in pairs], [text for text, _ in pairs]) if pairs else model_images
     pipe.unet.requires_grad_(True)
@@ -369,29 +391,26 @@ def finetune_pipeline(
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="python -m minialign.finetune", description=__doc__.split("\n\n")[1])
-    number, whole = lambda low, high=float("inf"): in_range(float, low, high), in_range
     add = parser.add_argument
-    add("--out", type=Path, help="the run's folder (default: runs/shapes, or runs/own with --feedback)")
-    add("--seed", type=whole(int, 0, 2**31), default=0, help="of everything random (default: 0)")
-    add("--steps", type=whole(int, 1), help="fine-tuning steps (default: 400; own images: 2000)")
-    add("--beta", type=number(0), help="weight of the pre-training term (default: 0.1; own images, unweighted: 1)")
-    add("--batch-size", type=whole(int, 2), help="images in a fine-tuning step (default: 64; own images: 8)")
-    add("--learning-rate", type=number(0, 1), help="peak of AdamW's (default: 3e-4; own images: 1e-5)")
+
+    def tuned(flag: str, kind: Callable[[str], Any], what: str) -> None:
+        key = flag[2:].replace("-", "_")
+        add(flag, type=kind, help=f"{what} (default: {EMBEDDED_DEFAULTS[key]}; with --feedback: {OWN_DEFAULTS[key]})")
+
+    tuned("--out", Path, "the run's folder")
+    add("--seed", type=in_range(int, 0, LAST_SEED), default=0, help="of everything random (default: 0)")
+    tuned("--steps", in_range(int, 1), "fine-tuning steps")
+    tuned("--beta", in_range(float, 0), "weight of the pre-training term")
+    tuned("--batch-size", in_range(int, 2), "images in a fine-tuning step")
+    tuned("--learning-rate", in_range(float, 0, 1), "peak of AdamW's")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps ... (default: cuda where there is one, else cpu)")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of the fine-tuning's arithmetic (default: float32)",
-    )
-    add("--checkpoint-every", type=whole(int, 1), default=100, help="steps between checkpoints (default: 100)")
+    precisions = ("float32", "bfloat16")
+    add("--dtype", choices=precisions, default="float32", help="of the fine-tuning's arithmetic (default: float32)")
+    add("--checkpoint-every", type=in_range(int, 1), default=100, help="steps between checkpoints (default: 100)")
     add("--fresh", action="store_true", help="start over: remove what an earlier run left in the folder")
     add("--model", help="folder in the diffusers layout or hub id to fine-tune (default: the embedded one)")
     add("--feedback", type=Path, help="labelled images: CSV or JSON lines with columns prompt, image, label")
-    add(
-        "--clip",
-        help="CLIP of the reward, folder or hub id (default with --model: openai/clip-vit-large-patch14)",
-    )
+    add("--clip", help=f"CLIP of the reward, folder or hub id (default: the embedded one; with --model: {OWN_CLIP})")
     return parser.parse_args(arguments)
 
 
@@ -404,7 +423,7 @@ def main() -> None:
     given = {key: value for key, value in vars(args).items() if value is not None}
     folder = Path(given.get("out", defaults["out"]))
     settings = defaults | {key: value for key, value in given.items() if key not in ("out", "fresh", "device")}
-    settings = {"model": None, "clip": None if args.model is None else "openai/clip-vit-large-patch14"} | settings
+    settings = {"model": None, "clip": None if args.model is None else OWN_CLIP} | settings
     settings.pop("out")
     if args.feedback is None:
         numbers = ("images", "labels", "test_images", "pretrain_images", "seed")
@@ -417,7 +436,7 @@ def main() -> None:
     from .report import write_report  # matplotlib is slow to import
 
     report = write_report(folder)
-    print(f"\n{summary(results)}\n\n{results['seconds']['total']:.0f} s in all. Report: {report}")
+    print(f"\n{summary(results)}\n\n{results['seconds']['total']:.0f} s in all stages. Report: {report}")
 
 
 def check_folder(folder: Path) -> None:
@@ -425,7 +444,8 @@ def check_folder(folder: Path) -> None:
     try:
         place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         writable = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
-        strange = writable and place == folder and any(folder.iterdir()) and not _is_run(folder)
+        names = [path.name for path in folder.iterdir()] if writable and place == folder else []
+        strange = not _is_run(folder) and any(not name.endswith((".tmp", ".old", ".lock")) for name in names)
     except OSError as error:
         raise InputError(f"--out {folder}: cannot be used ({error.strerror})") from error
     if not writable:

@@ -2,7 +2,7 @@
 
     L = E_model[ r(x,z) ||target - prediction||^2 ] + beta E_pre[ ||target - prediction||^2 ]
 
-Lee et al. 2023, equation 3 (section 4.3), with the squared norm averaged over the elements of an image.
+Lee et al. 2023, section 3.3, with the squared norm averaged over the elements of an image.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def reward_weighted_loss(
         count = pretrain.sum()  # stays on the device: no synchronisation
         model_weight = reward.float() / (rows[0] - count).clamp(min=1)
         weight = torch.where(pretrain, beta / count.clamp(min=1), model_weight)
-    return _WeightedSquaredError.apply(prediction, target, weight / prediction[0].numel())
+    return _WeightedSquaredError.apply(prediction, target, weight / prediction.shape[1:].numel())
 
 
 class _WeightedSquaredError(torch.autograd.Function):

@@ -18,20 +18,21 @@ from torch import Tensor
 
 from .diffusion import NoiseSchedule, ddim_sample
 from .models.clip import TextEncoder
-from .models.pretrained import InputError, load_network, read_json, resolve, save_network
+from .models.pretrained import (
+    MALFORMED,
+    WEIGHTS,
+    InputError,
+    first_line,
+    load_network,
+    read_json,
+    resolve,
+    save_network,
+    weights_name,
+)
 from .models.tokenizer import Tokenizer
 from .models.unet import UNet
 from .models.vae import VAE
 
-FILES = [  # what is fetched from a hub: weights are safetensors only
-    "model_index.json",
-    "*/config.json",
-    "scheduler/scheduler_config.json",
-    "tokenizer/*",
-    "text_encoder/*.safetensors",
-    "unet/*.safetensors",
-    "vae/*.safetensors",
-]
 INDEX: dict[str, Any] = {
     "_class_name": "StableDiffusionPipeline",
     "feature_extractor": [None, None],
@@ -67,7 +68,11 @@ class Pipeline:
 
         `variant` "fp16" reads model.fp16.safetensors. InputError names the file and what is wrong with it.
         """
-        folder = resolve(source, FILES, revision)
+        weights = {"unet": WEIGHTS[0], "vae": WEIGHTS[0], "text_encoder": WEIGHTS[1]}
+        files = ["model_index.json", "scheduler/scheduler_config.json", "tokenizer/*"]
+        for part, name in weights.items():
+            files += [f"{part}/config.json", f"{part}/{weights_name(name, variant)}"]
+        folder = resolve(source, files, revision)
         index = read_json(folder / "model_index.json")
         for part, (_, kind) in {key: INDEX[key] for key in ("unet", "vae", "text_encoder", "tokenizer")}.items():
             named = index.get(part)
@@ -78,15 +83,25 @@ class Pipeline:
         config_path = folder / "scheduler" / "scheduler_config.json"
         try:
             schedule = NoiseSchedule.from_config(read_json(config_path))
-        except ValueError as error:
-            raise InputError(f"{config_path}: {error}") from error
-        return cls(
-            load_network(UNet, folder / "unet", **how),
-            load_network(VAE, folder / "vae", **how),
-            load_network(TextEncoder, folder / "text_encoder", prefix="text_model.", **how),
-            Tokenizer.from_pretrained(folder / "tokenizer"),
-            schedule,
-        )
+        except MALFORMED as error:
+            raise InputError(f"{config_path}: {first_line(error)}") from error
+        unet = load_network(UNet, folder / "unet", **how)
+        vae = load_network(VAE, folder / "vae", **how)
+        text_encoder = load_network(TextEncoder, folder / "text_encoder", prefix="text_model.", **how)
+        tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
+        text = text_encoder.text_model.embeddings
+        tokens, positions = text.token_embedding, text.position_embedding
+        for what, has, least, most in (
+            ("unet: in_channels", unet.in_channels, vae.latent_channels, vae.latent_channels),
+            ("unet: out_channels", unet.conv_out.out_channels, vae.latent_channels, vae.latent_channels),
+            ("unet: cross_attention_dim", unet.context_width, tokens.embedding_dim, tokens.embedding_dim),
+            ("tokenizer: number of tokens", max(tokenizer.vocab.values()) + 1, 1, tokens.num_embeddings),
+            ("tokenizer: model_max_length", tokenizer.length, 2, positions.num_embeddings),
+        ):
+            if not least <= has <= most:  # such as inpainting's UNet, which also reads a mask
+                accepted = least if least == most else f"{least} to {most}"
+                raise InputError(f"{folder}: {what} is {has}; accepted with the other parts: {accepted}")
+        return cls(unet, vae, text_encoder, tokenizer, schedule)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the diffusers layout, weights as `dtype` if given; diffusers' StableDiffusionPipeline loads it."""

@@ -1,6 +1,6 @@
 """Stage 1 of the method: the prompts people judge, and the contrastive prompts of the reward's auxiliary loss.
 
-The paper (Lee et al. 2023, sections 3.1 and 4.1) asks for four things in a picture: the number of objects, their
+The paper (Lee et al. 2023, section 3.1) asks for four things in a picture: the number of objects, their
 color, the background, and combinations of the three. A `Grammar` holds the words; a `Prompt` is one sentence of it
 together with the words it fixes, so that a contrastive prompt (another count, color, background or object) is found
 by exchanging words instead of by asking a language model.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 CATEGORIES = ("count", "color", "background", "combination")
 ATTRIBUTES = ("count", "color", "object", "background")
@@ -100,7 +101,7 @@ def exchange(prompt: Prompt, attribute: str, grammar: Grammar, rng: random.Rando
 def contrastive(prompt: Prompt, number: int, grammar: Grammar, rng: random.Random) -> list[Prompt]:
     """`number` different prompts with other semantics than `prompt`, for the prompt classification loss.
 
-    Each exchanges at least one of the words that `prompt` fixes (paper, section 4.2); more words are exchanged at
+    Each exchanges at least one of the words that `prompt` fixes (paper, section 3.2); more words are exchanged at
     random so that near and far prompts are both met. Fewer come back only where the grammar has no more.
     """
     fixed = [a for a in ATTRIBUTES if getattr(prompt, a) is not None]
@@ -131,7 +132,6 @@ def parse(text: str, grammar: Grammar) -> Prompt | None:
     return _index(grammar).get(text)
 
 
-def _index(grammar: Grammar, cache: dict[Grammar, dict[str, Prompt]] = {}) -> dict[str, Prompt]:  # noqa: B006
-    if grammar not in cache:
-        cache[grammar] = {prompt.text: prompt for prompt in all_prompts(grammar)}
-    return cache[grammar]
+@cache
+def _index(grammar: Grammar) -> dict[str, Prompt]:
+    return {prompt.text: prompt for prompt in all_prompts(grammar)}

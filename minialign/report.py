@@ -29,7 +29,19 @@ from .training import atomic
 SIDES = ("before", "after")
 MARKS = {"good": "✓ good", "bad": "✗ bad", "skip": "– skip"}  # a sign and a word: color alone would not do
 SHOWN, LARGEST = 6, 256  # pairs of a category before the fold; pixels of the longer side of a picture in the page
-FLAGS = ("out", "model", "feedback", "clip", "seed", "steps", "beta", "batch_size", "learning_rate", "device", "dtype")
+FLAGS = (
+    "out",
+    "model",
+    "feedback",
+    "clip",
+    "seed",
+    "steps",
+    "beta",
+    "batch_size",
+    "learning_rate",
+    "dtype",
+    "checkpoint_every",
+)
 COSTS = {  # key in results.json: name, meaning, format
     "fidelity": ("Fréchet distance", "of CLIP image features to {}: lower is better", "{:.3g}"),
     "diversity": ("Diversity", "CLIP distance between images of one prompt: higher is more varied", "{:.3g}"),

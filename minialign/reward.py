@@ -1,7 +1,7 @@
 """Stage 2 of the method: the reward model r(x,z), an MLP on frozen CLIP features, and its training.
 
-L_mse = mean (y - r(x,z))^2                                      Lee et al. 2023, equation 1 (section 4.2)
-L_pc  = cross entropy of softmax_i( r(x,z_i) / T ) against the original prompt among contrastive ones, equation 2
+L_mse = mean (y - r(x,z))^2                                                      Lee et al. 2023, section 3.2
+L_pc  = cross entropy of softmax_i( r(x,z_i) / T ) against the original prompt among contrastive ones
 L     = L_mse + lambda L_pc
 """
 
@@ -54,6 +54,7 @@ class RewardModel(nn.Module):
 
     def forward(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         """Rewards (B,) in [0,1] of CLIP embeddings (B,E) of images and prompts, of any norm."""
+        # unit vectors of E elements, brought to unit variance, which the layers' initialisation expects
         pair = torch.cat([F.normalize(image_embeds, dim=-1), F.normalize(text_embeds, dim=-1)], dim=-1)
         return self.layers(pair * image_embeds.shape[-1] ** 0.5).squeeze(-1).sigmoid()
 
@@ -67,10 +68,8 @@ class RewardModel(nn.Module):
 def embed_images(clip: CLIP, images: Sequence[Image.Image], batch: int = 128) -> Tensor:
     """CLIP embeddings (B,E) of images."""
     device = clip.logit_scale.device
-    parts = [
-        clip.encode_image(clip.preprocess(list(images[i : i + batch])).to(device)) for i in range(0, len(images), batch)
-    ]
-    return torch.cat(parts)
+    starts = progress(range(0, len(images), batch), "CLIP")
+    return torch.cat([clip.encode_image(clip.preprocess(list(images[i : i + batch])).to(device)) for i in starts])
 
 
 @torch.no_grad()

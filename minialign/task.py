@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .feedback import read_feedback
+from .feedback import count_votes, read_feedback
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,11 @@ class Task:
     reference: Callable[[], list[Image.Image]] | None = None  # what good images look like, for the Frechet distance
 
 
+LAST_SEED = 20_000  # of a run: beyond, noise seeds would not fit the 32 bits that a CPU generator uses of them
+
+
 def noise_seed(run_seed: int, i: int, *, test: bool = False) -> int:
-    """The seed of a run's i-th starting noise; no two runs share one, nor feedback and test."""
+    """The seed of a run's i-th starting noise; no two runs share one, nor feedback and test (i below 100,000)."""
     return 1_000_000 + 200_000 * run_seed + 100_000 * test + i
 
 
@@ -52,7 +55,7 @@ def own_task(feedback: Path, test_images: int, seed: int) -> Task:
     """
     rows = read_feedback(feedback)
     prompts = list(dict.fromkeys(prompt for prompt, _, _ in rows))
-    good = [path for _, path, verdict in rows if verdict == "good"]
+    good = [path for (_, path), vote in count_votes(rows).items() if vote > 0]
 
     def contrastive(prompt: str, number: int, rng: random.Random) -> list[str]:
         others = [other for other in prompts if other != prompt]

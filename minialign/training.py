@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from .models.pretrained import read_weights
 
 T = TypeVar("T")
 
@@ -62,7 +63,8 @@ def progress(items: Iterable[T], description: str, total: int | None = None, don
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write a file or folder to; flushed and renamed to `path` at the end.
 
-    A killed process leaves the old content or the new, never a part.
+    A killed process leaves the old content or the new, never a part; of a folder that is replaced the old content may
+    be left under the name that `remove_unfinished` puts back.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -85,6 +87,15 @@ def atomic(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process was writing by `atomic`; put back a folder that it had moved aside."""
+    for old in folder.rglob(".*.old"):
+        place = old.with_name(old.name[1:].rsplit(".", 2)[0])
+        shutil.rmtree(old) if place.exists() else os.replace(old, place)
+    for left in folder.rglob(".*.tmp"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -101,11 +112,6 @@ def write_json(path: Path, value: Any) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     with atomic(path) as temporary:
         save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary, metadata)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def save_checkpoint(
@@ -135,7 +141,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     found = checkpoints(folder)
     if not found:
         return 0
-    tensors = read_tensors(found[-1] / "state.safetensors")
+    tensors = read_weights(found[-1] / "state.safetensors")
     state = optimizer.state_dict()
     with torch.no_grad():
         for index, (name, p) in enumerate((n, p) for n, p in model.named_parameters() if p.requires_grad):

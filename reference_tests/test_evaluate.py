@@ -1,11 +1,14 @@
 """Intervals, Frechet distance and diversity against closed forms and counts."""
 
+import json
 import math
 
 import pytest
 import torch
 
-from minialign.evaluate import compare, diversity, frechet_distance, paired_interval, wilson_interval
+from minialign import CLIP, Pipeline, RewardModel
+from minialign.evaluate import compare, diversity, frechet_distance, judge_both, paired_interval, wilson_interval
+from minialign.shapes.task import shapes_task
 
 
 def test_wilson_interval_solves_its_equation():
@@ -47,7 +50,21 @@ def test_frechet_distance_of_gaussians_with_one_basis():
     distance = frechet_distance((x * s1) @ basis, (x * s2 + shift) @ basis)
     assert distance == pytest.approx(5 + 2, rel=1e-6)
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
-    assert frechet_distance(x, x[:1]) is None and frechet_distance(x * math.nan, x) is None
+    assert frechet_distance(x, x[:1]) is None
+
+
+def test_a_model_gains_nothing_over_itself(tmp_path):
+    """Both sides draw from the same noise, so that the same pipeline's pairs are equal to the last bit."""
+    pipe, task = Pipeline.from_pretrained(), shapes_task(8, 4, 16, 4, seed=3)
+    reward = RewardModel({"width": 64, "hidden": 8})
+    judged = judge_both(pipe, pipe, task, CLIP.from_pretrained(), reward, {"steps": 2, "guidance": 2.0}, tmp_path)
+    assert judged["alignment"]["before"] == judged["alignment"]["after"]
+    assert judged["alignment"]["ci95"]["gain"]["overall"] == [0.0, 0.0]
+    for name in ("fidelity", "readable", "mean_reward"):
+        assert judged[name]["before"] == judged[name]["after"]
+    samples = json.loads((tmp_path / "samples.json").read_text())["samples"]
+    pictures = [[(tmp_path / sample[side]["image"]).read_bytes() for sample in samples] for side in ("before", "after")]
+    assert pictures[0] == pictures[1] and len(set(pictures[0])) == len(samples) == 16
 
 
 def test_diversity_is_the_mean_cosine_distance_within_prompts():

@@ -41,7 +41,7 @@ def test_an_image_is_judged_for_each_of_its_prompts(tmp_path):
     store.close()
 
 
-ROWS = [("a cat", "0.png", "good"), ("a dog", "1.png", "0"), ("a cow, red", "1.png", "Skip")]
+ROWS = [("a cat", "0.png", "good"), ("a\u2028dog", "1.png", "0"), ("a cow,\nred", "1.png", "Skip")]
 
 
 @pytest.fixture
@@ -57,7 +57,10 @@ def test_files_of_labels_are_read(images, kind):
     if kind == "csv":
         path.write_text("prompt,image,label\n" + "".join(f'"{p}",{i},{v}\n' for p, i, v in ROWS))
     else:
-        path.write_text("".join(json.dumps({"prompt": p, "image": i, "label": v}) + "\n" for p, i, v in ROWS))
+        path.write_text(
+            "".join(json.dumps({"prompt": p, "image": i, "label": v}, ensure_ascii=False) + "\n" for p, i, v in ROWS)
+        )
+    path = path.rename(path.with_suffix(path.suffix.upper()))
     verdicts = ["good", "bad", "skip"]
     assert read_feedback(path) == [(p, (images / i).resolve(), v) for (p, i, _), v in zip(ROWS, verdicts)]
 
@@ -70,6 +73,8 @@ def test_files_of_labels_are_read(images, kind):
         ("prompt,image,label\na,0.png,fine\n", "line 2: label 'fine'; accepted: 1, 0, true, false, good, bad, skip"),
         ("prompt,picture,label\na,0.png,good\n", "line 2: no 'image'; columns needed: prompt, image, label"),
         ("prompt,image,label\na,9.png,good\n", "9.png cannot be read"),
+        ('prompt,image,label\n"a\nb",0.png,good\na,0.png,fine\n', "line 4: label 'fine'"),
+        ('prompt,image,label\n"a,0.png,good\n' + 200_000 * "x", "not CSV (field larger than field limit"),
         ("prompt,image,label\na,labels.csv,good\n", "labels.csv cannot be read"),
         ("prompt,image,label\na,half.png,good\n", "half.png cannot be read"),
     ],

@@ -16,9 +16,11 @@ from minialign import NoiseSchedule, Pipeline, RewardModel, finetune
 from minialign.command import run_command
 from minialign.evaluate import summary
 from minialign.finetune import Latents, draw_by_reward
+from minialign.generate import draw_to_folder
 from minialign.models.pretrained import EMBEDDED, InputError
 from minialign.models.unet import UNet
 from minialign.shapes.task import shapes_task
+from minialign.training import atomic, remove_unfinished
 
 UNET = {
     "sample_size": 4,
@@ -152,6 +154,59 @@ def test_a_finished_run_is_not_done_again(finished, monkeypatch):
     assert small_run(folder) == results
     with pytest.raises(InputError, match="was begun with beta=0.1, not 0.5"):
         small_run(folder, beta=0.5)
+    assert small_run(folder, checkpoint_every=5)["alignment"] == results["alignment"]  # does not change the result
+    assert small_run(folder) == results
+    with finetune.locked(folder), pytest.raises(InputError, match="another process is at work on this run"):
+        small_run(folder)
+
+
+def test_a_half_drawn_batch_is_drawn_again_whole(tmp_path, monkeypatch):
+    pipe, sizes = Pipeline.from_pretrained(), []
+    items, how = [("a red circle", i) for i in range(6)], {"steps": 2, "guidance": 2.0, "batch": 4, "title": "draw"}
+    paths = draw_to_folder(pipe, items, tmp_path, **how)
+    content = [path.read_bytes() for path in paths]
+    paths[2].unlink()
+    whole = pipe.generate
+    monkeypatch.setattr(pipe, "generate", lambda prompts, **how: sizes.append(len(prompts)) or whole(prompts, **how))
+    draw_to_folder(pipe, items, tmp_path, **how)
+    assert sizes == [4] and content == [path.read_bytes() for path in paths]
+
+
+def test_what_a_kill_left_is_put_right(tmp_path):
+    with pytest.raises(KeyboardInterrupt), atomic(tmp_path / "part") as temporary:
+        temporary.mkdir()
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    for name in (".model.12.old", ".gone.12.tmp", ".there.12.old", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    remove_unfinished(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "there"]
+    assert (tmp_path / "there" / "file").read_text() == "there"
+
+
+class Recorder(torch.nn.Module):
+    """Notes the contexts it is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.seen = torch.nn.Parameter(torch.ones(())), []
+
+    def forward(self, x, t, context):
+        self.seen.append(context)
+        return self.weight * x
+
+
+def test_a_tenth_of_the_prompts_is_left_out(tmp_path):
+    unet, images = Recorder(), Latents(torch.zeros(4, 1, 2, 2), torch.ones(4, 1, 2, 2), torch.tensor([0, 1, 0, 1]))
+    context = torch.arange(3.0)[:, None, None].expand(3, 2, 1)
+    finetune.finetune(
+        unet, NoiseSchedule.from_config({}), context, images, torch.ones(4), None, tmp_path,
+        steps=50, beta=0.0, batch_size=16, peak_learning_rate=1e-3,
+    )  # fmt: skip
+    rows = torch.cat(unet.seen)[:, 0, 0]
+    share = [(rows == i).float().mean().item() for i in range(3)]
+    assert abs(share[2] - 0.1) < 0.04 and abs(share[0] - 0.45) < 0.06  # three standard deviations, and the rest even
 
 
 @pytest.mark.parametrize("stage", ["draw_to_folder", "label", "learn_reward", "finetune_pipeline", "judge_both"])
@@ -294,9 +349,8 @@ def diffusers_pipeline(folder):
     vision = tower | {"image_size": 32, "patch_size": 8}
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
     transformers.CLIPModel(config).save_pretrained(folder / "clip")
-    tokenizer.save_pretrained(folder / "clip")
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    (folder / "clip" / "preprocessor_config.json").write_text(json.dumps(size))
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    transformers.CLIPProcessor(images, tokenizer).save_pretrained(folder / "clip")
     return folder / "model", folder / "clip"
 
 
@@ -332,5 +386,8 @@ def test_own_images_go_through_the_same_code(source, tmp_path, monkeypatch, caps
             file.write("\n" + labels.read_text().splitlines()[0])
         code, err = command(monkeypatch, capsys, *arguments, "--steps", 3, "--batch-size", 4)
         assert code == 2 and "was begun with feedback_crc32=" in err
+        inside = ["--model", tmp_path / "run" / "model", *arguments[2:]]  # a second round, into the first one's folder
+        code, err = command(monkeypatch, capsys, *inside, "--fresh")
+        assert code == 2 and "model, which this run reads" in err and (tmp_path / "run" / "model" / "unet").exists()
         code, _ = command(monkeypatch, capsys, *arguments, "--steps", 4, "--batch-size", 4, "--fresh")
         assert code == 0 and json.loads((tmp_path / "run" / "results.json").read_text())["settings"]["steps"] == 4

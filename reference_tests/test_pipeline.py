@@ -93,6 +93,14 @@ def spoil_weights(path: Path, change) -> None:
 
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+def inpainting(folder: Path) -> None:
+    spoil_json(folder / "unet/config.json", in_channels=17)
+    widen = torch.nn.functional.pad
+    spoil_weights(folder / UNET, lambda w: w.update({"conv_in.weight": widen(w["conv_in.weight"], (0, 0, 0, 0, 0, 9))}))
+
+
 SPOILED = {
     "no index": (lambda f: (f / "model_index.json").unlink(), "model_index.json: cannot be read"),
     "index not JSON": (lambda f: (f / "model_index.json").write_text("{"), "model_index.json: not JSON"),
@@ -108,6 +116,25 @@ SPOILED = {
     "a schedule": (
         lambda f: spoil_json(f / "scheduler/scheduler_config.json", beta_schedule="sigmoid"),
         "scheduler_config.json: scheduler config: beta_schedule='sigmoid' is not built",
+    ),
+    "a schedule of words": (
+        lambda f: spoil_json(f / "scheduler/scheduler_config.json", num_train_timesteps="1000"),
+        "scheduler_config.json: ",
+    ),
+    "no levels": (lambda f: spoil_json(f / "unet/config.json", block_out_channels=[]), "unet/config.json: "),
+    "no groups": (lambda f: spoil_json(f / "unet/config.json", norm_num_groups=0), "unet/config.json: "),
+    "widths of text": (
+        lambda f: spoil_json(f / "unet/config.json", cross_attention_dim=[64, 64]),
+        "cross_attention_dim=[64, 64] is not built",
+    ),
+    "layers of layers": (
+        lambda f: spoil_json(f / "unet/config.json", transformer_layers_per_block=[[1], [1]]),
+        "transformer_layers_per_block=[[1], [1]] is not built",
+    ),
+    "a UNet for inpainting": (inpainting, "unet: in_channels is 17; accepted with the other parts: 8"),
+    "a longer tokenizer": (
+        lambda f: spoil_json(f / "tokenizer/tokenizer_config.json", model_max_length=99),
+        "tokenizer: model_max_length is 99; accepted with the other parts: 2 to ",
     ),
     "truncated": (lambda f: (f / UNET).write_bytes((f / UNET).read_bytes()[:1000]), f"{UNET}: not a readable"),
     "a missing key": (lambda f: spoil_weights(f / UNET, lambda w: w.pop("conv_in.bias")), "lacks conv_in.bias"),
@@ -135,6 +162,8 @@ def test_bad_checkpoints_are_refused_by_name(folder, name):
 
 def test_sources_that_are_none(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match="File name too long"):
+        resolve("long" * 100, [])
     for source in ("no/such/folder", str(tmp_path / "nothing"), "a b"):
         with pytest.raises(InputError, match="not found; accepted: a folder in the diffusers layout or a hub id"):
             resolve(source, [])
@@ -153,13 +182,18 @@ def test_a_hub_id_is_fetched_by_pattern(monkeypatch):
     Pipeline.from_pretrained("someone/something", revision="v1")
     assert asked["repo_id"] == "someone/something" and asked["revision"] == "v1"
     assert not any("bin" in pattern or "ckpt" in pattern for pattern in asked["patterns"])
+    weights = [pattern for pattern in asked["patterns"] if pattern.endswith("safetensors")]
+    assert sorted(weights) == ["text_encoder/model.safetensors", UNET, "vae/diffusion_pytorch_model.safetensors"]
+    with pytest.raises(InputError, match="no weights"):  # the embedded checkpoint has no such files
+        Pipeline.from_pretrained("someone/something", variant="fp16")
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in asked["patterns"]
 
 
 def test_an_unknown_hub_id_is_one_line(monkeypatch):
     import huggingface_hub
 
     def snapshot_download(*args, **kwargs):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("offline\nmore lines")
+        raise RuntimeError("a proxy's answer\nmore lines")  # of a kind that the hub does not make its own
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(InputError) as error:

@@ -1,12 +1,24 @@
 """The reward model: its losses against formulas, its measures against counts, and that it learns and is kept."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from minialign import RewardModel
-from minialign.reward import area_under_curve, calibration, mse_loss, prompt_classification_loss, train_reward
+from minialign import CLIP, RewardModel
+from minialign.models.pretrained import read_weights
+from minialign.prompts import SHAPES, all_prompts
+from minialign.reward import (
+    area_under_curve,
+    calibration,
+    learn_reward,
+    mse_loss,
+    prompt_classification_loss,
+    train_reward,
+)
 
 
 def test_the_model_is_the_papers_mlp():
@@ -73,9 +85,29 @@ def test_training_finds_a_learnable_rule_and_the_folder_keeps_it(tmp_path):
     assert again.config == model.config
 
 
-def test_score_takes_images_and_prompts():
-    from PIL import Image
+def test_held_out_prompts_are_not_learned(tmp_path):
+    """Labels by the toss of a coin: those that were learned are known by heart, held-out ones not at all."""
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(160)]
+    prompts = [prompt.text for prompt in all_prompts(SHAPES)[-160:]]
+    labels = {i: float(rng.random() < 0.5) for i in range(20, 160)}
+    settings = {"hidden": 256, "clip": None, "reward_steps": 600, "temperature": 2.0, "seed": 0}
+    clip = CLIP.from_pretrained()
 
+    def other(text, number, rng):
+        return [prompts[rng.randrange(160)] for _ in range(number)]
+
+    learn_reward(other, clip, pictures, prompts, labels, settings, tmp_path, lambda row: None)
+    held_out = json.loads((tmp_path / "reward" / "held_out.json").read_text())
+    assert held_out["labels"] == 140 and held_out["held_out"] == 28 and 0.2 < held_out["auc"] < 0.8
+    score = read_weights(tmp_path / "cache" / "reward.safetensors")["reward"]
+    assert score.shape == (160,)
+    known = torch.tensor([labels[i] for i in labels])
+    assert area_under_curve(score[20:], known) > 0.85  # in the order of the images
+    torch.testing.assert_close(score, RewardModel.from_pretrained(tmp_path / "reward").score(pictures, prompts))
+
+
+def test_score_takes_images_and_prompts():
     model = RewardModel({"width": 64, "hidden": 16, "clip": None})
     score = model.score([Image.new("RGB", (80, 64), c) for c in ("red", "blue")], ["a red circle", "a blue star"])
     assert score.shape == (2,) and "clip" not in "".join(model.state_dict())

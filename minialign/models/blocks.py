@@ -39,6 +39,8 @@ def per_level(value: int | list[int], levels: int, key: str) -> list[int]:
     values = [value] * levels if isinstance(value, int) else list(value)
     if len(values) != levels:
         raise ValueError(f"config: {key} has {len(values)} entries for {levels} levels")
+    if any(not isinstance(entry, (int, str)) for entry in values):
+        raise ValueError(f"config: {key}={value!r} is not built; supported: one value, or one a level")
     return values
 
 

@@ -16,10 +16,21 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .blocks import read_config
-from .pretrained import EMBEDDED, InputError, load_network, read_json, resolve, save_network
+from .pretrained import (
+    EMBEDDED,
+    MALFORMED,
+    WEIGHTS,
+    InputError,
+    first_line,
+    load_network,
+    read_json,
+    resolve,
+    save_network,
+)
 from .tokenizer import Tokenizer
 
-FILES = ["config.json", "*.safetensors", "vocab.json", "merges.txt", "*_config.json"]  # what is fetched from a hub
+# what is fetched from a hub
+FILES = ["config.json", WEIGHTS[1] + ".safetensors", "vocab.json", "merges.txt", "tokenizer.json", "*_config.json"]
 
 TEXT_SETTINGS: dict[str, Any] = {
     "vocab_size": 49408,
@@ -272,11 +283,18 @@ class CLIP(CLIPTowers):
         folder = EMBEDDED / "clip" if source is None else resolve(source, FILES, revision)
         clip = load_network(cls, folder, device=device, dtype=dtype)
         clip.tokenizer = Tokenizer.from_pretrained(folder)
-        clip.preprocessing = read_json(folder / "preprocessor_config.json")
+        path = folder / "processor_config.json"  # what transformers writes since version 5
         try:
+            if path.exists():
+                clip.preprocessing = read_json(path)["image_processor"]
+            else:
+                path = folder / "preprocessor_config.json"
+                clip.preprocessing = read_json(path)
             clip.preprocess([Image.new("RGB", (8, 8))])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{folder / 'preprocessor_config.json'}: {error}") from error
+        except InputError:
+            raise
+        except MALFORMED as error:
+            raise InputError(f"{path}: {first_line(error)}") from error
         return clip
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:

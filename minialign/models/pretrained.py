@@ -19,11 +19,23 @@ from torch import Tensor, nn
 EMBEDDED = Path(__file__).parent.parent / "shapes" / "checkpoint"
 WEIGHTS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' file names
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+CONVERT = (
+    "pickled weights can run code and are refused; convert them with diffusers or transformers: load them there and "
+    "call save_pretrained(folder, safe_serialization=True)"
+)
 Network = TypeVar("Network", bound=nn.Module)
 
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message is one line that names it and says what is accepted."""
+
+
+MALFORMED = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)  # what nonsense in a config raises
+
+
+def weights_name(name: str, variant: str | None = None) -> str:
+    """A weights file's name: variant "fp16" is kept beside the plain one as name.fp16.safetensors."""
+    return f"{name}.{variant}.safetensors" if variant else f"{name}.safetensors"
 
 
 def resolve(source: str | Path | None, patterns: list[str], revision: str | None = None) -> Path:
@@ -33,22 +45,31 @@ def resolve(source: str | Path | None, patterns: list[str], revision: str | None
     """
     if source is None:
         return EMBEDDED
-    if Path(source).is_dir():
-        return Path(source)
-    if Path(source).is_file():
+    try:
+        if Path(source).is_dir():
+            return Path(source)
+        is_file = Path(source).is_file()
+    except OSError as error:  # a name too long, a folder that may not be looked into
+        raise InputError(f"{source}: cannot be read ({error.strerror})") from error
+    if is_file:
         raise InputError(f"{source}: a file; accepted: a folder in the diffusers layout or a hub id such as owner/name")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source)):
         raise InputError(
             f"{source}: not found; accepted: a folder in the diffusers layout or a hub id such as owner/name"
         )
     from huggingface_hub import snapshot_download  # slow to import, and most runs need no hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{source}: neither a folder nor a hub id that can be fetched ({reason})") from error
+    except Exception as error:  # the hub's errors, those of its HTTP library and of proxies have no common base
+        raise InputError(
+            f"{source}: neither a folder nor a hub id that can be fetched ({first_line(error)})"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, in one line."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def read_bytes(path: Path) -> bytes:
@@ -92,8 +113,8 @@ def load_network(
     try:
         with torch.device("meta"):
             network = build(config)
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{config_path}: {error}") from error
+    except MALFORMED as error:
+        raise InputError(f"{config_path}: {first_line(error)}") from error
     path = weights_file(folder, variant)
     weights = {
         key if key.startswith(prefix) else prefix + key: tensor
@@ -116,17 +137,15 @@ def load_network(
 
 def weights_file(folder: Path, variant: str | None = None) -> Path:
     """The safetensors file of a network's folder; a pickled one is refused with the way to convert it."""
-    ending = f".{variant}.safetensors" if variant else ".safetensors"
-    for name in WEIGHTS:
-        if (folder / (name + ending)).is_file():
-            return folder / (name + ending)
+    names = [weights_name(name, variant) for name in WEIGHTS]
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
     for path in sorted(folder.glob("*")):
         if path.suffix in PICKLES:
-            raise InputError(
-                f"{path}: pickled weights can run code and are refused; convert them with diffusers or transformers: "
-                "load them there and call save_pretrained(folder, safe_serialization=True)"
-            )
-    raise InputError(f"{folder}: no weights; accepted: {' or '.join(name + ending for name in WEIGHTS)}")
+            raise InputError(f"{path}: {CONVERT}")
+    # of a hub repository pickles are not even fetched
+    raise InputError(f"{folder}: no weights; accepted: {' or '.join(names)} ({CONVERT})")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -29,7 +29,6 @@ SETTINGS: dict[str, Any] = {
     "layers_per_block": 2,
     "cross_attention_dim": 1280,
     "attention_head_dim": 8,  # diffusers' name for the number of heads, kept by every released checkpoint
-    "num_attention_heads": None,
     "norm_num_groups": 32,
     "norm_eps": 1e-5,
     "use_linear_projection": False,
@@ -98,10 +97,14 @@ class UNet(nn.Module):
         super().__init__()
         c = read_config("UNet2DConditionModel", config, SETTINGS, BUILT)
         self.config = config
+        if not isinstance(c["cross_attention_dim"], int):
+            width = c["cross_attention_dim"]
+            raise ValueError(f"UNet2DConditionModel config: cross_attention_dim={width!r} is not built; supported: one")
         self.in_channels: int = c["in_channels"]
+        self.context_width: int = c["cross_attention_dim"]
         widths = list(c["block_out_channels"])
         levels = len(widths)
-        heads = per_level(c["num_attention_heads"] or c["attention_head_dim"], levels, "attention_head_dim")
+        heads = per_level(c["attention_head_dim"], levels, "attention_head_dim")
         layers = per_level(c["layers_per_block"], levels, "layers_per_block")
         depths = per_level(c["transformer_layers_per_block"], levels, "transformer_layers_per_block")
         time_width = 4 * widths[0]
@@ -109,7 +112,7 @@ class UNet(nn.Module):
         def attention(level: int) -> dict[str, Any]:
             return {
                 "heads": heads[level],
-                "context": c["cross_attention_dim"],
+                "context": self.context_width,
                 "groups": c["norm_num_groups"],
                 "depth": depths[level],
                 "linear": c["use_linear_projection"],

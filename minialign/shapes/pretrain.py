@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..command import Parser, run_command
+from ..command import Parser, in_range, run_command
 from ..diffusion import NoiseSchedule
 from ..models.clip import CLIP, TextEncoder
+from ..models.pretrained import InputError, read_json, read_weights
 from ..models.tokenizer import END, START, Tokenizer, byte_characters, split_words
 from ..models.unet import UNet
 from ..models.vae import VAE
@@ -35,7 +36,7 @@ from ..training import (
     learning_rate,
     load_checkpoint,
     progress,
-    read_tensors,
+    remove_unfinished,
     save_checkpoint,
     write_json,
     write_tensors,
@@ -188,7 +189,7 @@ def fit(
     """AdamW on `loss_at(step)` with checkpoints; the weights reached (their moving average where `ema` > 0)."""
     done = folder / "final.safetensors"
     if done.exists():
-        return read_tensors(done)
+        return read_weights(done)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
     average = EMA(model, ema) if ema else None
     first = load_checkpoint(folder, model, optimizer, average)
@@ -288,7 +289,7 @@ def encode_dataset(vae: VAE, images: Tensor, path: Path) -> dict[str, Tensor]:
         std = torch.cat([(0.5 * logvar).exp() for _, logvar in parts])
         factor = (mean.var() + std.square().mean()).rsqrt()
         write_tensors(path, {"mean": mean * factor, "std": std * factor, "factor": factor})
-    return read_tensors(path)
+    return read_weights(path)
 
 
 def train_unet(
@@ -319,25 +320,24 @@ def train_unet(
 def main() -> None:
     parser = Parser(prog="python -m minialign.shapes.pretrain", description=__doc__.split("\n\n")[1])
     parser.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="work folder, with the result")
-    parser.add_argument("--seed", type=int, default=0, help="of drawings, captions, weights and noise")
-    parser.add_argument("--images", type=int, default=48_000, help="number of drawings")
-    parser.add_argument("--vae-steps", type=int, default=2_500, help="of 16 drawings")
-    parser.add_argument("--clip-steps", type=int, default=1_500, help="of 256 captioned drawings")
-    parser.add_argument("--unet-steps", type=int, default=12_000, help="of 64 drawings with clean captions")
-    parser.add_argument("--noisy-steps", type=int, default=4_000, help="of 64 drawings with noisy captions")
-    parser.add_argument("--decoder-steps", type=int, default=2_000, help="of 16 drawings, for the VAE's decoder alone")
-    parser.add_argument("--only", choices=("vae", "clip"), help="train one part and stop: the two can run side by side")
+    whole = in_range(int, 1)
+    parser.add_argument("--seed", type=in_range(int, 0), default=0, help="of drawings, captions, weights and noise")
+    parser.add_argument("--images", type=whole, default=48_000, help="number of drawings")
+    parser.add_argument("--vae-steps", type=whole, default=2_500, help="of 16 drawings")
+    parser.add_argument(
+        "--decoder-steps", type=whole, default=2_000, help="of 16 drawings, for the VAE's decoder alone"
+    )
+    parser.add_argument("--clip-steps", type=whole, default=1_500, help="of 256 captioned drawings")
+    parser.add_argument("--unet-steps", type=whole, default=12_000, help="of 64 drawings with clean captions")
+    parser.add_argument("--noisy-steps", type=whole, default=4_000, help="of 64 drawings with noisy captions")
     a = parser.parse_args()
+    open_folder(a.out, {key: value for key, value in vars(a).items() if key != "out"})
     images, scenes = draw_dataset(a.images, a.seed)
     tokenizer = make_tokenizer()
-    if a.only != "clip":
-        vae = train_vae(images, a.out / "vae", a.vae_steps, a.seed)
-        polish_decoder(vae, images, a.out / "decoder", a.decoder_steps, a.seed)
-    if a.only != "vae":
-        captions = Captions(scenes, CLIP_NOISE, a.seed)
-        clip = train_clip(images, captions, tokenizer, a.out / "clip", a.clip_steps, a.seed)
-    if a.only:
-        return
+    vae = train_vae(images, a.out / "vae", a.vae_steps, a.seed)
+    polish_decoder(vae, images, a.out / "decoder", a.decoder_steps, a.seed)
+    captions = Captions(scenes, CLIP_NOISE, a.seed)
+    clip = train_clip(images, captions, tokenizer, a.out / "clip", a.clip_steps, a.seed)
     clip.tokenizer, clip.preprocessing = tokenizer, PREPROCESSOR_CONFIG
     text_encoder = TextEncoder(clip.config["text_config"]).eval()
     text_encoder.text_model.load_state_dict(clip.text_model.state_dict())
@@ -357,6 +357,19 @@ def main() -> None:
         pipe.save_pretrained(folder, torch.float16)
         clip.save_pretrained(folder / "clip", torch.float16)
         write_json(folder / "annotator.json", annotator_statistics(pipe, a.seed))
+
+
+def open_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Keep the settings in `folder`; InputError where other ones began it, for finished parts would be theirs."""
+    path = folder / "config.json"
+    if path.exists() and (begun := read_json(path)) != settings:
+        key = next(key for key in settings if begun.get(key) != settings[key])
+        raise InputError(f"{folder} was begun with {key}={begun.get(key)!r}, not {settings[key]!r}; use another --out")
+    try:
+        write_json(path, settings)
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot be written ({error.strerror})") from error
+    remove_unfinished(folder)
 
 
 def annotator_statistics(pipe: Pipeline, seed: int, number: int = 1_500) -> dict[str, Any]:
