@@ -53,14 +53,14 @@ from .training import (
 )
 
 EMBEDDED_DEFAULTS: dict[str, Any] = {  # chosen on other seeds than the tested ones, see docs/results.md
-    "steps": 400,
-    "beta": 0.1,
+    "steps": 500,
+    "beta": 0.03,
     "batch_size": 64,
-    "learning_rate": 3e-4,
+    "learning_rate": 1e-3,
     "sampling_steps": 10,
-    "guidance": 2.0,
-    "images": 1536,
-    "labels": 768,
+    "guidance": 2.5,
+    "images": 3072,
+    "labels": 1024,
     "test_images": 480,
     "pretrain_images": 512,
     "hidden": 512,
@@ -82,7 +82,7 @@ OWN_DEFAULTS: dict[str, Any] = {  # the paper's learning rate, beta and reward; 
     "out": "runs/own",
 }
 OWN_CLIP = "openai/clip-vit-large-patch14"  # the paper's
-PRETRAIN_SHARE = 0.25  # of a batch's rows; each term is averaged over its own rows, so this changes noise alone
+PRETRAIN_SHARE = 0.125  # of a batch's rows; each term is averaged over its own rows, so this changes noise alone
 PROMPT_DROPOUT = 0.1  # of the prompts are left out, so that guidance keeps its unconditional model
 
 
@@ -139,7 +139,7 @@ def finetune(
             x0, rows = torch.cat([x0, more]), torch.cat([rows, more_rows])
         rows[torch.rand(batch_size, generator=g).to(device) < PROMPT_DROPOUT] = len(context) - 1
         noise = torch.randn(x0.shape, generator=g).to(device)
-        t = torch.randint(len(schedule.alphas_cumprod), (batch_size,), generator=g).to(device)
+        t = stratified_timesteps(len(schedule.alphas_cumprod), batch_size, g).to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             prediction = unet(schedule.add_noise(x0, noise, t), t, context[rows])
             target = schedule.target(x0, noise, t)
@@ -172,6 +172,14 @@ def draw_by_reward(reward: Tensor, number: int, g: torch.Generator) -> tuple[Ten
     """
     chosen = torch.multinomial(reward.cpu().double(), number, replacement=True, generator=g)
     return chosen.to(reward.device), reward.mean()
+
+
+def stratified_timesteps(total: int, number: int, g: torch.Generator) -> Tensor:
+    """Uniform timesteps (number,) that cover 0..total-1 evenly, in random order (Kingma et al. 2021, section I.1)."""
+    strata = torch.randperm(number, generator=g, dtype=torch.float64)
+    return (
+        ((strata + torch.rand(number, generator=g, dtype=torch.float64)) * total / number).long().clamp(max=total - 1)
+    )
 
 
 def _sample(images: Latents, chosen: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:

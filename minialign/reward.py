@@ -22,7 +22,7 @@ from .models.clip import CLIP
 from .models.pretrained import InputError, load_network, save_network
 from .training import atomic, generator, progress, write_json, write_tensors
 
-HELD_OUT = 0.2  # of the labelled prompts judge the reward model
+HELD_OUT = 0.15  # of the labelled images judge the reward model; their prompts have other images, as those it scores do
 CONTRASTIVE = 7  # prompts of other semantics for each pair, the paper's N - 1
 
 
@@ -167,15 +167,13 @@ def learn_reward(
     folder: Path,
     log: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Train the reward model on `labels` (image number -> 0 or 1), measure it on held-out prompts, score all images."""
+    """Train the reward model on `labels` (image number -> 0 or 1), measure it on held-out ones, score all images."""
     if not any(labels.values()):
         raise InputError(f"none of the {len(labels)} labels is good: there is nothing to learn from")
     image, text = embed_images(clip, pictures), embed_texts(clip, prompts)
     rng = random.Random(settings["seed"])
-    groups = sorted({prompts[i] for i in labels})
-    held_out = set(rng.sample(groups, round(HELD_OUT * len(groups))))
-    train = [i for i in labels if prompts[i] not in held_out]
-    test = [i for i in labels if prompts[i] in held_out]
+    test = sorted(rng.sample(sorted(labels), round(HELD_OUT * len(labels))))
+    train = sorted(labels.keys() - set(test))
     if not any(labels[i] for i in train):  # too few labels to spare any
         train, test = list(labels), []
     choices = [contrastive(prompts[i], CONTRASTIVE, rng) for i in train]

@@ -85,7 +85,7 @@ def test_training_finds_a_learnable_rule_and_the_folder_keeps_it(tmp_path):
     assert again.config == model.config
 
 
-def test_held_out_prompts_are_not_learned(tmp_path):
+def test_held_out_labels_are_not_learned(tmp_path):
     """Labels by the toss of a coin: those that were learned are known by heart, held-out ones not at all."""
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(160)]
@@ -99,7 +99,7 @@ def test_held_out_prompts_are_not_learned(tmp_path):
 
     learn_reward(other, clip, pictures, prompts, labels, settings, tmp_path, lambda row: None)
     held_out = json.loads((tmp_path / "reward" / "held_out.json").read_text())
-    assert held_out["labels"] == 140 and held_out["held_out"] == 28 and 0.2 < held_out["auc"] < 0.8
+    assert held_out["labels"] == 140 and held_out["held_out"] == 21 and 0.2 < held_out["auc"] < 0.8
     score = read_weights(tmp_path / "cache" / "reward.safetensors")["reward"]
     assert score.shape == (160,)
     known = torch.tensor([labels[i] for i in labels])
