@@ -15,7 +15,7 @@ from comparisons import GOLDENS
 from minialign import NoiseSchedule, Pipeline, RewardModel, finetune
 from minialign.command import run_command
 from minialign.evaluate import summary
-from minialign.finetune import Latents, draw_by_reward
+from minialign.finetune import Latents, draw_by_reward, stratified_timesteps
 from minialign.generate import draw_to_folder
 from minialign.models.pretrained import EMBEDDED, InputError
 from minialign.models.unet import UNet
@@ -44,6 +44,15 @@ def test_drawing_by_reward_has_the_expectation_of_weighting_by_it():
     assert abs((weight * f[chosen]).double().mean() - expected) < 4 * spread
     assert abs(f.double().mean() - expected) > 20 * spread  # uniform draws would be found out
     assert not torch.isin(chosen, torch.arange(10)).any()  # what weighs nothing is never drawn
+
+
+def test_timesteps_cover_the_schedule_evenly_and_in_any_order():
+    g = torch.Generator().manual_seed(0)
+    draws = torch.stack([stratified_timesteps(1000, 8, g) for _ in range(4000)])
+    assert (draws.sort(dim=1).values // 125 == torch.arange(8)).all()  # one in each eighth
+    spread = 1000 / 12**0.5 / 4000**0.5  # the standard deviation of the mean of as many uniform draws
+    assert (abs(draws.double().mean(0) - 499.5) < 4 * spread).all()  # whichever row, any time is as likely
+    assert draws.min() == 0 and draws.max() == 999
 
 
 def two_kinds(reward_of_first: float, steps: int, folder, stop_at: int | None = None, **how) -> UNet:
@@ -152,7 +161,7 @@ def test_a_finished_run_is_not_done_again(finished, monkeypatch):
     for name in ("draw_to_folder", "label", "learn_reward", "finetune_pipeline", "judge_both"):
         monkeypatch.setattr(finetune, name, None)  # calling it would fail
     assert small_run(folder) == results
-    with pytest.raises(InputError, match="was begun with beta=0.1, not 0.5"):
+    with pytest.raises(InputError, match="was begun with beta=0.03, not 0.5"):
         small_run(folder, beta=0.5)
     assert small_run(folder, checkpoint_every=5)["alignment"] == results["alignment"]  # does not change the result
     assert small_run(folder) == results

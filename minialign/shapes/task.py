@@ -21,11 +21,15 @@ def shapes_task(images: int, labels: int, test_images: int, pretrain_images: int
     """Draw `images` for the seen prompts, label `labels` of them, test on `test_images` of seen and unseen prompts.
 
     `seed` decides which prompts are seen, unseen and others (`split`): only seen ones get feedback, and the captions of
-    the pre-training pairs are others, noisy as in the pre-training. Tests are spread evenly over the categories.
+    the pre-training pairs are others, noisy as in the pre-training. Half of the feedback is on combinations, which say
+    most and fail most; tests are spread evenly over the categories.
     """
     seen, unseen, others = split(SHAPES, seed)
     rng = random.Random(seed)
-    drawn = [prompt.text for prompt in _spread(seen, images, rng)]
+    combinations = [prompt for prompt in seen if prompt.category == "combination"]
+    drawn = [
+        prompt.text for prompt in _rounds(combinations, images // 3, rng) + _spread(seen, images - images // 3, rng)
+    ]
     test: list[TestItem] = []
     for name, prompts in (("seen", seen), ("unseen", unseen)):
         for prompt in _spread(prompts, test_images // 2, rng):
@@ -74,6 +78,11 @@ def _spread(prompts: list[Prompt], number: int, rng: random.Random) -> list[Prom
     for i, category in enumerate(CATEGORIES):
         pool = [prompt for prompt in prompts if prompt.category == category]
         share = number // len(CATEGORIES) + (i < number % len(CATEGORIES))
-        rounds = [rng.sample(pool, len(pool)) for _ in range(-(-share // len(pool)))]
-        chosen += [prompt for one in rounds for prompt in one][:share]
+        chosen += _rounds(pool, share, rng)
     return chosen
+
+
+def _rounds(prompts: list[Prompt], number: int, rng: random.Random) -> list[Prompt]:
+    """`number` prompts, every one equally often."""
+    rounds = [rng.sample(prompts, len(prompts)) for _ in range(-(-number // len(prompts)))]
+    return [prompt for one in rounds for prompt in one][:number]
