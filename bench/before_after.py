@@ -23,7 +23,7 @@ def main(run: Path, out: Path) -> None:
     chosen = [sample for k in range(8) for group in groups.values() for sample in group[k : k + 1]][: 2 * COLUMNS]
     rows = -(-len(chosen) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * (TILE + GAP) + GAP, rows * (2 * TILE + TEXT + 2 * GAP) + GAP), "white")
-    pen = ImageDraw.Draw(sheet)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for i, sample in enumerate(chosen):
         x = GAP + i % COLUMNS * (TILE + GAP)
         y = GAP + i // COLUMNS * (2 * TILE + TEXT + 2 * GAP)
@@ -33,8 +33,8 @@ def main(run: Path, out: Path) -> None:
         words, lines = sample["prompt"].split(), [""]
         for word in words:
             line = f"{lines[-1]} {word}".strip()
-            lines = [*lines[:-1], line] if pen.textlength(line) <= TILE else [*lines, word]
-        pen.multiline_text((x, y + 2 * TILE + 6), "\n".join(lines), "black", ImageFont.load_default(11), spacing=2)
+            lines = [*lines[:-1], line] if pen.textlength(line, font) <= TILE else [*lines, word]
+        pen.multiline_text((x, y + 2 * TILE + 6), "\n".join(lines), "black", font, spacing=2)
     sheet.save(out, optimize=True)
 
 
