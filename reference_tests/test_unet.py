@@ -81,7 +81,8 @@ def test_refuses_a_second_conditioning():
 
 
 def test_ignores_private_and_disabled_keys():
-    UNet(SMALL | {"_class_name": "UNet2DConditionModel", "class_embed_type": None, "class_embeddings_concat": False})
+    off = {"_class_name": "UNet2DConditionModel", "class_embed_type": None, "class_embeddings_concat": False}
+    assert UNet(SMALL | off).state_dict().keys() == UNet(SMALL).state_dict().keys()
 
 
 @pytest.mark.parametrize(("upcast", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
