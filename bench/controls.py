@@ -45,8 +45,8 @@ def main() -> None:
     aligned = torch.tensor([verdict == "good" for verdict in verdicts])
     clip, judge = CLIP.from_pretrained(), RewardModel.from_pretrained(run / "reward")
     sampling = {"steps": settings["sampling_steps"], "guidance": settings["guidance"], "batch": settings["batch_size"]}
-    print("| weight of a model image | predicted | before | after | gain, 95 % interval | Frechet distance after |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| weight of a model image | predicted | gain overall, 95 % interval | on seen prompts | Fréchet distance |")
+    print("| --- | --- | --- | --- | --- |")
     for name, change in CONTROLS.items():
         weight = change(reward)
         predicted = weight[aligned].sum() / weight.sum()
@@ -56,13 +56,14 @@ def main() -> None:
         pipe = Pipeline.from_pretrained()
         finetune_pipeline(pipe, task, pictures, prompts, settings, folder, lambda row: None)
         judged = judge_both(Pipeline.from_pretrained(), pipe, task, clip, judge, sampling, folder)
-        before, after = (judged["alignment"][side]["overall"] for side in ("before", "after"))
-        low, high = judged["alignment"]["ci95"]["gain"]["overall"]
-        print(
-            f"| {name} | {predicted:.1%} | {before:.1%} | {after:.1%} | {100 * (after - before):+.1f} "
-            f"({100 * low:+.1f} to {100 * high:+.1f}) | {judged['fidelity']['after']:.2f} |",
-            flush=True,
-        )
+        row = [name, f"{predicted:.1%}"]
+        for group in ("overall", "seen"):
+            before, after = (judged["alignment"][side][group] for side in ("before", "after"))
+            low, high = judged["alignment"]["ci95"]["gain"][group]
+            change = f"{100 * (after - before):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+            row.append(f"{before:.1%} → {after:.1%}: {change}")
+        row.append(f"{judged['fidelity']['before']:.2f} → {judged['fidelity']['after']:.2f}")
+        print("| " + " | ".join(row) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -53,14 +53,14 @@ from .training import (
 )
 
 EMBEDDED_DEFAULTS: dict[str, Any] = {  # how they were chosen: docs/results.md
-    "steps": 500,
+    "steps": 400,
     "beta": 0.03,
     "batch_size": 64,
     "learning_rate": 1e-3,
     "sampling_steps": 10,
-    "guidance": 2.5,
-    "images": 3072,
-    "labels": 1536,
+    "guidance": 3.0,
+    "images": 2560,
+    "labels": 1280,
     "test_images": 640,
     "pretrain_images": 512,
     "hidden": 512,

@@ -9,7 +9,7 @@ by exchanging words instead of by asking a language model.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -117,12 +117,10 @@ def contrastive(prompt: Prompt, number: int, grammar: Grammar, rng: random.Rando
     return list(found)
 
 
-def corrupt(
-    prompt: Prompt, noise: float, grammar: Grammar, rng: random.Random, attributes: Sequence[str] = ATTRIBUTES
-) -> Prompt:
-    """A caption with mistakes: each word fixed by `attributes` is exchanged for another with probability `noise`."""
-    for attribute in attributes:
-        if getattr(prompt, attribute) is not None and rng.random() < noise:
+def corrupt(prompt: Prompt, noise: Mapping[str, float], grammar: Grammar, rng: random.Random) -> Prompt:
+    """A caption with mistakes: the word for each attribute is exchanged for another with probability `noise` of it."""
+    for attribute, probability in noise.items():
+        if getattr(prompt, attribute) is not None and rng.random() < probability:
             prompt = exchange(prompt, attribute, grammar, rng)
     return prompt
 

@@ -44,7 +44,7 @@ def test_noisy_captions_are_wrong_as_often_as_asked():
     prompt = Prompt("combination", "circle", "two", "red", "at night")
     wrong = Counter()
     for _ in range(4000):
-        noisy = corrupt(prompt, 0.3, SHAPES, rng)
+        noisy = corrupt(prompt, dict.fromkeys(ATTRIBUTES, 0.3), SHAPES, rng)
         wrong.update(a for a in ATTRIBUTES if getattr(noisy, a) != getattr(prompt, a))
     assert all(abs(wrong[a] / 4000 - 0.3) < 0.03 for a in ATTRIBUTES)
-    assert corrupt(prompt, 0.0, SHAPES, rng) == prompt and CATEGORIES[-1] == prompt.category
+    assert corrupt(prompt, {}, SHAPES, rng) == prompt and CATEGORIES[-1] == prompt.category

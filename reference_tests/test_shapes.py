@@ -10,7 +10,7 @@ from PIL import Image
 
 from minialign import CLIP, Pipeline
 from minialign.models.pretrained import EMBEDDED
-from minialign.prompts import CATEGORIES, SHAPES, Prompt, all_prompts
+from minialign.prompts import ATTRIBUTES, CATEGORIES, SHAPES, Prompt, all_prompts
 from minialign.shapes.annotator import judge, read, shape_numbers
 from minialign.shapes.pretrain import Captions, make_tokenizer
 from minialign.shapes.scenes import BACKGROUNDS, SIZE, Scene, draw, sample_scene
@@ -132,12 +132,12 @@ def test_clip_tells_captions_apart():
 
 def test_captions_are_noisy_as_asked():
     scenes, _ = held_out()
-    captions = Captions(scenes, 0.3, seed=0)
+    captions = Captions(scenes, dict.fromkeys(ATTRIBUTES, 0.3), seed=0)
     rows = captions(torch.arange(400), step=0)
     assert torch.equal(rows, captions(torch.arange(400), step=0))
     true = [scene.shows(captions.prompts[row]) for scene, row in zip(scenes, rows.tolist())]
     assert 0.25 < sum(true) / 400 < 0.55  # 0.7^2 of two words, 0.7^4 of four
-    captions.noise = 0.0
+    captions.noise = {}
     assert all(s.shows(captions.prompts[row]) for s, row in zip(scenes, captions(torch.arange(400), 0).tolist()))
 
 

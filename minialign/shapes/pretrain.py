@@ -2,8 +2,8 @@
 
 Draws captioned scenes, trains a VAE, a CLIP and a UNet on them, and writes a Stable-Diffusion-shaped checkpoint in the
 diffusers layout. Captions are deliberately noisy, as web captions are: the UNet first learns the words from clean
-captions, then sees captions that say another count, color or background with probability CAPTION_NOISE each, so that
-it draws clean pictures that follow the prompt only about half of the time. That model is what feedback is to repair.
+captions, then sees captions that often say another count, color or background (CAPTION_NOISE), so that it draws clean
+pictures that follow the prompt only about half of the time. That model is what feedback is to repair.
 Every stage resumes from its last checkpoint when the command is run again.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,11 @@ from ..training import (
 )
 from .annotator import calibrate
 from .scenes import SIZE, Scene, draw, sample_scene
-from .task import CAPTION_NOISE, NOISY
+from .task import CAPTION_NOISE
 
-CLIP_NOISE = 0.1  # CLIP's captions are cleaner: its features are to see what the pictures show
+CLIP_NOISE = dict.fromkeys(
+    ATTRIBUTES, 0.1
+)  # CLIP's captions are cleaner: its features are to see what the pictures show
 CONTEXT = 64  # width of the text tower
 VAE_CONFIG: dict[str, Any] = {
     "_class_name": "AutoencoderKL",
@@ -151,8 +153,8 @@ def draw_dataset(number: int, seed: int) -> tuple[Tensor, list[Scene]]:
 class Captions:
     """Captions of the scenes as row numbers of the table of all prompts; the last row is the empty prompt."""
 
-    def __init__(self, scenes: list[Scene], noise: float, seed: int, noisy: Sequence[str] = ATTRIBUTES):
-        self.scenes, self.noise, self.seed, self.noisy = scenes, noise, seed, noisy
+    def __init__(self, scenes: list[Scene], noise: Mapping[str, float], seed: int):
+        self.scenes, self.noise, self.seed = scenes, noise, seed
         self.prompts = all_prompts(SHAPES)
         self.texts = [prompt.text for prompt in self.prompts] + [""]
         self.row = {prompt: i for i, prompt in enumerate(self.prompts)}
@@ -165,7 +167,7 @@ class Captions:
             scene = self.scenes[i]
             fitting = ("count", "color", "background", "combination") if scene.count == 1 else ("count", "combination")
             prompt = scene.prompt(rng.choices(fitting, [2 if c == "combination" else 1 for c in fitting])[0])
-            rows.append(self.row[corrupt(prompt, self.noise, SHAPES, rng, self.noisy)])
+            rows.append(self.row[corrupt(prompt, self.noise, SHAPES, rng)])
         return torch.tensor(rows)
 
 
@@ -341,7 +343,7 @@ def main() -> None:
     clip.tokenizer, clip.preprocessing = tokenizer, PREPROCESSOR_CONFIG
     text_encoder = TextEncoder(clip.config["text_config"]).eval()
     text_encoder.text_model.load_state_dict(clip.text_model.state_dict())
-    clean, noisy = (Captions(scenes, noise, a.seed + 1, NOISY) for noise in (0.0, CAPTION_NOISE))
+    clean, noisy = (Captions(scenes, noise, a.seed + 1) for noise in (dict.fromkeys(CAPTION_NOISE, 0.0), CAPTION_NOISE))
     with torch.no_grad():
         context = text_encoder(tokenizer(clean.texts))
     latents = encode_dataset(vae, images, a.out / "latents.safetensors")
