@@ -17,6 +17,7 @@ from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace")
+MOST = 100_000  # training timesteps
 DEFAULTS: dict[str, Any] = {  # what is read of a scheduler_config.json; any other key says nothing about betas or DDIM
     "num_train_timesteps": 1000,
     "beta_start": 0.0001,
@@ -85,6 +86,9 @@ class NoiseSchedule:
         c = DEFAULTS | CLASS_DEFAULTS.get(name or "", {})
         c |= {key: value for key, value in config.items() if key in DEFAULTS and value is not None}
         steps, start, end = c["num_train_timesteps"], c["beta_start"], c["beta_end"]
+        for key, most in (("num_train_timesteps", MOST), ("steps_offset", steps)):
+            if not isinstance(c[key], int) or not 0 <= c[key] <= most:
+                raise ValueError(f"scheduler config: {key}={c[key]!r} is out of range; accepted: up to {most}")
         kind = _one_of(c, "beta_schedule", ("linear", "scaled_linear", "squaredcos_cap_v2"))
         if c["trained_betas"] is not None:
             betas = torch.tensor(c["trained_betas"], dtype=torch.float32)
@@ -97,6 +101,8 @@ class NoiseSchedule:
             betas = torch.tensor([min(1 - b / a, 0.999) for a, b in zip(bar, bar[1:])], dtype=torch.float32)
         if c["rescale_betas_zero_snr"]:
             betas = rescale_zero_terminal_snr(betas)
+        if not ((betas >= 0) & (betas <= 1)).all():  # not a number fails too
+            raise ValueError("scheduler config: betas out of range; accepted: 0 to 1")
         return cls(torch.cumprod(1 - betas, dim=0), c)
 
     def _signal_and_noise(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,17 +202,19 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     return 1 - alphas
 
 
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # unet(latents, timesteps, context) -> prediction
+Predict = Callable[..., Tensor]  # unet(latents, timesteps, *context) -> prediction
+Context = tuple[Tensor, ...]  # what a network reads of the prompts: (B,L,D), and SDXL's second conditioning (B,A)
 
 
-def guided(predict: Predict, x: Tensor, t: Tensor, context: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+def guided(predict: Predict, x: Tensor, t: Tensor, context: Context, unconditional: Context, guidance: float) -> Tensor:
     """Classifier-free guidance in one call: u + guidance * (c - u); guidance 1 needs no unconditional half.
 
-    x (B,C,h,w), t (B,), context and unconditional (B,L,D).
+    x (B,C,h,w), t (B,); context and unconditional are alike.
     """
     if guidance == 1:
-        return predict(x, t, context)
-    both = predict(torch.cat([x, x]), torch.cat([t, t]), torch.cat([unconditional, context]))
+        return predict(x, t, *context)
+    pairs = [torch.cat(pair) for pair in zip(unconditional, context)]
+    both = predict(torch.cat([x, x]), torch.cat([t, t]), *pairs)
     without, with_prompt = both.chunk(2)
     return without + guidance * (with_prompt - without)
 
@@ -215,8 +223,8 @@ def ddim_sample(
     predict: Predict,
     schedule: NoiseSchedule,
     x: Tensor,
-    context: Tensor,
-    unconditional: Tensor,
+    context: Context,
+    unconditional: Context,
     *,
     steps: int,
     guidance: float,

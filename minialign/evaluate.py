@@ -157,6 +157,40 @@ def write_samples(
     write_json(folder / "samples.json", {"judge": task.judge_name, "samples": samples})
 
 
+def model_card(results: dict[str, Any]) -> str:
+    """The README.md of a fine-tuned model: how it was made, what was measured, and what its maker has to fill in."""
+    settings = results["settings"]
+    base = settings["model"] or "minialign's embedded shapes checkpoint"
+    front = ["---", "license: other  # fill in; the base model's licence holds for what is made from it"]
+    if settings["model"] and not Path(settings["model"]).exists():
+        front.append(f"base_model: {settings['model']}")
+    front += ["library_name: diffusers", "pipeline_tag: text-to-image", "tags: [minialign, human-feedback]", "---"]
+    told = [f"| {key} | {value} |" for key, value in settings.items() if value is not None]
+    return "\n".join(
+        [
+            *front,
+            "",
+            "# Fine-tuned with human feedback",
+            "",
+            f"Made from {base} by minialign {results['minialign']}, reward-weighted likelihood after Lee et al. 2023",
+            "(arXiv 2302.12192), in the diffusers layout.",
+            "",
+            f"## Measured before and after, on {results['counts']['evaluated']} images a side",
+            "",
+            "```",
+            summary(results),
+            "```",
+            "",
+            "## Settings",
+            "",
+            "| setting | value |",
+            "| --- | --- |",
+            *told,
+            "",
+        ]
+    )
+
+
 def summary(results: dict[str, Any]) -> str:
     """The table of before and after that ends a run."""
     alignment = results["alignment"]

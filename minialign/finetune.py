@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from . import __version__
 from .command import Parser, in_range, run_command
-from .diffusion import NoiseSchedule
-from .evaluate import judge_both, summary
+from .diffusion import Context, NoiseSchedule
+from .evaluate import judge_both, model_card, summary
 from .feedback import FeedbackStore
 from .generate import draw_to_folder
 from .loss import reward_weighted_loss
@@ -98,7 +98,7 @@ class Latents:
 def finetune(
     unet: nn.Module,
     schedule: NoiseSchedule,
-    context: Tensor,
+    context: Context,
     model_images: Latents,
     reward: Tensor,
     pretrain_images: Latents | None,
@@ -115,12 +115,12 @@ def finetune(
 ) -> None:
     """Fine-tune `unet` in place by the reward-weighted loss, resuming from the newest checkpoint in `folder`.
 
-    context (P+1,L,D): the prompts' text context, the last row that of the empty prompt. reward (N,): r of each model
-    image. Model images are drawn in proportion to r and weigh the mean of r, which has the expectation of weighting
-    uniform draws by r and spends no UNet call on images that weigh nothing. Every step depends on (seed, step) alone,
-    so that a resumed run repeats an uninterrupted one bit by bit.
+    context: of P prompts and, as last row, of none: (P+1,L,D), and SDXL's second conditioning. reward (N,): r of each
+    model image. Model images are drawn in proportion to r and weigh the mean of r, which has the expectation of
+    weighting uniform draws by r and spends no UNet call on images that weigh nothing. Every step depends on
+    (seed, step) alone, so that a resumed run repeats an uninterrupted one bit by bit.
     """
-    device = context.device
+    device = context[0].device
     optimizer = torch.optim.AdamW(unet.parameters(), peak_learning_rate, weight_decay=1e-2, fused=True)
     first = load_checkpoint(folder, unet, optimizer)
     finite = torch.tensor(True, device=device)
@@ -137,11 +137,11 @@ def finetune(
             others = torch.randint(len(pretrain_images.row), (pretrain_rows,), generator=g)
             more, more_rows = _sample(pretrain_images, others.to(device), g)
             x0, rows = torch.cat([x0, more]), torch.cat([rows, more_rows])
-        rows[torch.rand(batch_size, generator=g).to(device) < PROMPT_DROPOUT] = len(context) - 1
+        rows[torch.rand(batch_size, generator=g).to(device) < PROMPT_DROPOUT] = len(context[0]) - 1
         noise = torch.randn(x0.shape, generator=g).to(device)
         t = stratified_timesteps(len(schedule.alphas_cumprod), batch_size, g).to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            prediction = unet(schedule.add_noise(x0, noise, t), t, context[rows])
+            prediction = unet(schedule.add_noise(x0, noise, t), t, *(part[rows] for part in context))
             target = schedule.target(x0, noise, t)
             loss = reward_weighted_loss(prediction, target, weight.expand(batch_size), is_pretrain, beta)
         loss.backward()
@@ -291,9 +291,11 @@ def run_stages(job: Run, pipe: Pipeline, clip: CLIP, task: Task, settings: dict[
     results["seconds"] = {name: state["seconds"] for name, state in job.stages.items()}
     results["seconds"]["total"] = round(sum(results["seconds"].values()), 2)
     results["interruptions"] = sum(state["begun"] - 1 for state in job.stages.values())  # their time is not counted
-    results["settings"] = settings
+    results |= {"settings": settings, "minialign": __version__}
     results["counts"] = {"images": len(images), "labels": len(labels), "evaluated": len(task.test)}
     write_json(folder / "results.json", results)
+    with atomic(folder / "model" / "README.md") as temporary:
+        temporary.write_text(model_card(results), encoding="utf-8")
     return results
 
 
@@ -373,7 +375,7 @@ def finetune_pipeline(
     pairs = task.pretrain() if task.pretrain else []
     texts = list(dict.fromkeys([*prompts, *(text for text, _ in pairs)]))
     row = {text: i for i, text in enumerate(texts)}
-    context = pipe.encode_prompts([*texts, ""])
+    context = tuple(torch.cat(pair) for pair in zip(pipe.encode_prompts(texts), pipe.encode_unconditional()))
 
     def encode(images: Sequence[Image.Image], captions: Sequence[str]) -> Latents:
         batch = settings["batch_size"]
@@ -393,6 +395,7 @@ def finetune_pipeline(
         peak_learning_rate=settings["learning_rate"], dtype=getattr(torch, settings["dtype"]),
         checkpoint_every=settings["checkpoint_every"], seed=settings["seed"], log=log,
     )  # fmt: skip
+    pipe.card = ""  # the base model's; this model's is written when it has been judged
     with atomic(folder / "model") as temporary:
         pipe.save_pretrained(temporary)
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .models.clip import CLIP
-from .models.pretrained import InputError, load_network, save_network
+from .models.pretrained import WEIGHTS, InputError, load_network, save_network
 from .training import atomic, generator, progress, write_json, write_tensors
 
 HELD_OUT = 0.15  # of the labelled images judge the reward model; their prompts have other images, as those it scores do
@@ -41,11 +41,11 @@ class RewardModel(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> RewardModel:
         """Read a folder that `save_pretrained` wrote."""
-        return load_network(cls, Path(folder), device=device)
+        return load_network(cls, Path(folder), WEIGHTS[1], device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
         with atomic(Path(folder)) as temporary:
-            save_network(self, temporary, "model")
+            save_network(self, temporary, WEIGHTS[1])
 
     @cached_property
     def clip(self) -> CLIP:

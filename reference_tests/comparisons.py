@@ -13,7 +13,7 @@ from seeded import filled, image, projection
 from torch import Tensor, nn
 
 from minialign.diffusion import DEFAULTS, NoiseSchedule, ddim_sample
-from minialign.models.clip import CLIPTowers, TextEncoder, preprocess
+from minialign.models.clip import CLIPTowers, ProjectedTextEncoder, TextEncoder, preprocess
 from minialign.models.tokenizer import Tokenizer
 from minialign.models.unet import UNet
 from minialign.models.vae import VAE
@@ -57,7 +57,8 @@ def _network(kind: type[nn.Module], meta: Json) -> Any:
 
 def check_unet(meta: Json, tensors: Tensors) -> None:
     network = _network(UNet, meta)
-    prediction = network(tensors["latents"], tensors["timesteps"], tensors["context"])
+    added = network.second_conditioning(tensors["text_embeds"], tensors["time_ids"]) if "time_ids" in tensors else None
+    prediction = network(tensors["latents"], tensors["timesteps"], tensors["context"], added)
     assert_close(prediction, tensors["prediction"])
     (prediction - tensors["target"]).square().mean().backward()
     gradients = {key: weight.grad for key, weight in sorted(network.named_parameters())}
@@ -83,6 +84,13 @@ def check_vae(meta: Json, tensors: Tensors) -> None:
 @torch.no_grad()
 def check_text(meta: Json, tensors: Tensors) -> None:
     assert_close(_network(TextEncoder, meta)(tensors["ids"]), tensors["hidden"])
+
+
+@torch.no_grad()
+def check_projected_text(meta: Json, tensors: Tensors) -> None:
+    before, pooled = _network(ProjectedTextEncoder, meta).states_and_pooled(tensors["ids"])
+    assert_close(before, tensors["before"])
+    assert_close(pooled, tensors["pooled"])
 
 
 @torch.no_grad()
@@ -153,7 +161,7 @@ def check_trajectory(meta: Json, tensors: Tensors) -> None:
 
     steps = len(tensors["visited"]) - 1
     x = ddim_sample(
-        predict, schedule, tensors["visited"][0], context, unconditional, steps=steps, guidance=meta["guidance"]
+        predict, schedule, tensors["visited"][0], (context,), (unconditional,), steps=steps, guidance=meta["guidance"]
     )
     for actual, expected in zip([*visited, x], tensors["visited"], strict=True):
         assert_close(actual, expected, TRAJECTORY)

@@ -65,6 +65,43 @@ UNETS: dict[str, Json] = {
         "in_channels": 5,
         "out_channels": 3,
     },
+    "xl": {
+        "block_out_channels": [6, 12, 12],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "layers_per_block": 1,
+        "attention_head_dim": [1, 2, 3],
+        "transformer_layers_per_block": [1, 1, 2],
+        "use_linear_projection": True,
+        "cross_attention_dim": 8,
+        "norm_num_groups": 3,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 29,  # 5 of the pooled text and 4 of each time id
+    },
+    "distilled_xl": {  # as SSD-1B: other depths on the way up, one residual block in the middle
+        "block_out_channels": [6, 12],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "mid_block_type": "UNetMidBlock2D",
+        "layers_per_block": 2,
+        "attention_head_dim": [1, 2],
+        "transformer_layers_per_block": [1, [2, 1]],
+        "reverse_transformer_layers_per_block": [[1, 1, 3], 1],
+        "use_linear_projection": True,
+        "cross_attention_dim": 8,
+        "norm_num_groups": 3,
+    },
+    "distilled": {  # as small-sd and tiny-sd: one layer a block, no middle
+        "block_out_channels": [6, 12],
+        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+        "mid_block_type": None,
+        "layers_per_block": 1,
+        "attention_head_dim": 2,
+        "cross_attention_dim": 8,
+        "norm_num_groups": 3,
+    },
 }
 VAES: dict[str, Json] = {
     "sd": {"block_out_channels": [8, 16, 16], "layers_per_block": 2, "norm_num_groups": 4},
@@ -200,9 +237,14 @@ def unet(config: Json, size: tuple[int, int] = (9, 13), seed: int = SEED, gain: 
         "latents": normal((3, channels, *size), seed, "latents"),
         "timesteps": torch.tensor([0, 500, 999]),
         "context": normal((3, 4, width), seed, "context"),
-        "target": normal((3, model.config["out_channels"], *size), seed, "target"),
     }
-    prediction = model(given["latents"], given["timesteps"], given["context"]).sample
+    added = {}
+    if model.config["addition_embed_type"] == "text_time":
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        added = {"text_embeds": normal((3, pooled), seed, "pooled")}
+        added["time_ids"] = torch.tensor([[1024, 768, 0, 0, 1024, 768], [5, 6, 7, 8, 9, 10], [512, 512, 3, 0, 64, 64]])
+    prediction = model(*given.values(), added_cond_kwargs=added).sample
+    given |= added | {"target": normal((3, model.config["out_channels"], *size), seed, "target")}
     (prediction - given["target"]).square().mean().backward()
     gradients = {key: weight.grad for key, weight in sorted(model.named_parameters())}
     result = {
@@ -235,6 +277,16 @@ def text(config: Json, seed: int = SEED) -> Reference:
     # the prefix is that of released checkpoints, whatever the installed version keeps in memory
     meta = {"config": plain(model.config), "seed": seed, "weights": shapes(model, "text_model.")}
     return meta, {"ids": ids, "hidden": model(ids).last_hidden_state}
+
+
+@torch.no_grad()
+def projected_text(config: Json, seed: int = SEED) -> Reference:
+    """SDXL's second tower: the hidden states before the last layer, and the projected text."""
+    model = filled(transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**config)), seed)
+    ids = torch.tensor(IDS)
+    output = model(ids, output_hidden_states=True)
+    meta = {"config": plain(model.config), "seed": seed, "weights": shapes(model)}
+    return meta, {"ids": ids, "before": output.hidden_states[-2], "pooled": output.text_embeds}
 
 
 @torch.no_grad()
@@ -358,6 +410,9 @@ def references(folder: Path) -> dict[str, dict[str, Reference]]:
         "unet": {name: unet(config) for name, config in UNETS.items()} | {"faint": unet(UNETS["sd1"], gain=0.1)},
         "vae": {name: vae(config) for name, config in VAES.items()},
         "text": {name: text(config["text_config"]) for name, config in CLIPS.items()},
+        "projected_text": {
+            name: projected_text(config["text_config"] | {"projection_dim": 7}) for name, config in CLIPS.items()
+        },
         "clip": {name: clip(config) for name, config in CLIPS.items()},
         "preprocess": {name: preprocess(config) for name, config in PREPROCESSINGS.items()},
         "tokens": {name: tokens(folder / name, AWKWARD) for name in ("tokenizer", "tokenizer_json")},

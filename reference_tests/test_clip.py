@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from comparisons import check_clip, check_preprocess, check_text, golden, names
+from comparisons import check_clip, check_preprocess, check_projected_text, check_text, golden, names
 from seeded import image
 
 from minialign.models.clip import CLIPTowers, TextEncoder, preprocess
@@ -12,6 +12,11 @@ from minialign.models.clip import CLIPTowers, TextEncoder, preprocess
 @pytest.mark.parametrize("name", names("text"))
 def test_text_golden(name):
     check_text(*golden("text", name))
+
+
+@pytest.mark.parametrize("name", names("projected_text"))
+def test_projected_text_golden(name):
+    check_projected_text(*golden("projected_text", name))
 
 
 @pytest.mark.parametrize("name", names("clip"))

@@ -178,9 +178,11 @@ def test_guidance_is_one_batched_call():
         return predict(*arguments)
 
     with_prompt, without = predict(X0, T, CONTEXT), predict(X0, T, UNCONDITIONAL)
-    assert_close(guided(counted, X0, T, CONTEXT, UNCONDITIONAL, 7.5), without + 7.5 * (with_prompt - without), 1e-12)
-    assert_close(guided(counted, X0, T, CONTEXT, UNCONDITIONAL, 0), without, 1e-12)
-    assert torch.equal(guided(counted, X0, T, CONTEXT, UNCONDITIONAL, 1), with_prompt)
+    assert_close(
+        guided(counted, X0, T, (CONTEXT,), (UNCONDITIONAL,), 7.5), without + 7.5 * (with_prompt - without), 1e-12
+    )
+    assert_close(guided(counted, X0, T, (CONTEXT,), (UNCONDITIONAL,), 0), without, 1e-12)
+    assert torch.equal(guided(counted, X0, T, (CONTEXT,), (UNCONDITIONAL,), 1), with_prompt)
     assert calls == [6, 6, 3]  # guidance 1 needs no unconditional half
 
 
@@ -190,7 +192,7 @@ def test_sampling_with_eta_follows_its_generator():
     def draw(seed, eta=1.0):
         generator = torch.Generator().manual_seed(seed)
         how = {"steps": 4, "guidance": 2.0, "eta": eta, "generator": generator}
-        return ddim_sample(predict, schedule, X0, CONTEXT, UNCONDITIONAL, **how)
+        return ddim_sample(predict, schedule, X0, (CONTEXT,), (UNCONDITIONAL,), **how)
 
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
     assert torch.equal(draw(1, eta=0), draw(2, eta=0))

@@ -69,7 +69,7 @@ def two_kinds(reward_of_first: float, steps: int, folder, stop_at: int | None = 
             raise KeyboardInterrupt
 
     settings = {"beta": 0.0, "batch_size": 8, "peak_learning_rate": 3e-3, "checkpoint_every": 5} | how
-    finetune.finetune(unet, schedule, context, images, reward, images, folder, steps=steps, log=log, **settings)
+    finetune.finetune(unet, schedule, (context,), images, reward, images, folder, steps=steps, log=log, **settings)
     return unet
 
 
@@ -210,7 +210,7 @@ def test_a_tenth_of_the_prompts_is_left_out(tmp_path):
     unet, images = Recorder(), Latents(torch.zeros(4, 1, 2, 2), torch.ones(4, 1, 2, 2), torch.tensor([0, 1, 0, 1]))
     context = torch.arange(3.0)[:, None, None].expand(3, 2, 1)
     finetune.finetune(
-        unet, NoiseSchedule.from_config({}), context, images, torch.ones(4), None, tmp_path,
+        unet, NoiseSchedule.from_config({}), (context,), images, torch.ones(4), None, tmp_path,
         steps=50, beta=0.0, batch_size=16, peak_learning_rate=1e-3,
     )  # fmt: skip
     rows = torch.cat(unet.seen)[:, 0, 0]

@@ -1,5 +1,6 @@
 """The pipeline: from and to the diffusers layout, the same images as diffusers, and clear errors for bad folders."""
 
+import fnmatch
 import json
 import shutil
 from pathlib import Path
@@ -169,24 +170,44 @@ def test_sources_that_are_none(tmp_path, monkeypatch):
             resolve(source, [])
 
 
-def test_a_hub_id_is_fetched_by_pattern(monkeypatch):
+HUB = [
+    "README.md", "model_index.json", "v1-5-pruned.ckpt", "v1-5-pruned-emaonly.safetensors", "preview.png",
+    "feature_extractor/preprocessor_config.json", "safety_checker/config.json", "safety_checker/model.safetensors",
+    "scheduler/scheduler_config.json", "text_encoder/config.json", "text_encoder/model.fp16.safetensors",
+    "text_encoder/model.safetensors", "text_encoder/pytorch_model.bin", "text_encoder/openvino_model.bin",
+    "tokenizer/merges.txt", "tokenizer/special_tokens_map.json", "tokenizer/tokenizer_config.json",
+    "tokenizer/vocab.json", "unet/config.json", "unet/diffusion_pytorch_model.bin",
+    "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors",
+    "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_flax_model.msgpack", "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_of_a_hub_repository_only_what_is_needed_is_asked_for(monkeypatch, variant):
     import huggingface_hub
 
-    asked = {}
+    asked: dict = {}
 
-    def snapshot_download(repo_id, *, revision, allow_patterns):
-        asked.update(repo_id=repo_id, revision=revision, patterns=allow_patterns)
+    def snapshot_download(repo_id, *, allow_patterns, **hub):
+        files = [file for file in HUB if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns)]
+        assert files == list(huggingface_hub.utils.filter_repo_objects(HUB, allow_patterns=allow_patterns))
+        asked.update(repo_id=repo_id, files=files, **hub)
         return str(EMBEDDED)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    Pipeline.from_pretrained("someone/something", revision="v1")
-    assert asked["repo_id"] == "someone/something" and asked["revision"] == "v1"
-    assert not any("bin" in pattern or "ckpt" in pattern for pattern in asked["patterns"])
-    weights = [pattern for pattern in asked["patterns"] if pattern.endswith("safetensors")]
-    assert sorted(weights) == ["text_encoder/model.safetensors", UNET, "vae/diffusion_pytorch_model.safetensors"]
-    with pytest.raises(InputError, match="no weights"):  # the embedded checkpoint has no such files
-        Pipeline.from_pretrained("someone/something", variant="fp16")
-    assert "unet/diffusion_pytorch_model.fp16.safetensors" in asked["patterns"]
+    how = {"revision": "v1", "token": "hf_x", "cache_dir": "/c", "local_files_only": True}
+    try:
+        Pipeline.from_pretrained("someone/something", variant=variant, **how)
+    except InputError:
+        assert variant  # the folder has no such files
+    weights = [file for file in asked.pop("files") if not file.endswith((".json", ".txt", ".md"))]
+    part = f".{variant}" if variant else ""
+    networks = {"text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"}
+    assert sorted(weights) == sorted(f"{name}{part}.safetensors" for name in networks)
+    assert asked == {"repo_id": "someone/something"} | how
+    with pytest.raises(TypeError, match="revison"):
+        Pipeline.from_pretrained(EMBEDDED, revison="v1")
 
 
 def test_an_unknown_hub_id_is_one_line(monkeypatch):

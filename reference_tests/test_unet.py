@@ -29,7 +29,7 @@ def test_golden(name):
     ("key", "value"),
     [
         ("act_fn", "gelu"),
-        ("mid_block_type", "UNetMidBlock2D"),
+        ("mid_block_type", "UNetMidBlock2DSimpleCrossAttn"),
         ("center_input_sample", True),
         ("flip_sin_to_cos", False),
         ("freq_shift", 1),
@@ -47,7 +47,10 @@ def test_golden(name):
         ("attention_type", "gated"),
         ("class_embed_type", "timestep"),
         ("num_class_embeds", 10),
-        ("addition_embed_type", "text_time"),
+        ("addition_embed_type", "text"),
+        ("addition_embed_type", "text_time"),  # without its widths
+        ("transformer_layers_per_block", [[1], [1, "1"]]),
+        ("reverse_transformer_layers_per_block", [[1], 1]),
         ("encoder_hid_dim", 32),
         ("time_cond_proj_dim", 256),
         ("a_key_of_the_future", 1),

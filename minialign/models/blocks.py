@@ -13,6 +13,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MOST = 1024  # heads or layers
+
+
+class _Unfilled:
+    """Initialises nothing on the meta device, where weights are assigned later: twice as fast to build."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # type: ignore[attr-defined]
+            super().reset_parameters()  # type: ignore[misc]  # torch's layer is the other base
+
+
+class Linear(_Unfilled, nn.Linear): ...
+
+
+class Conv2d(_Unfilled, nn.Conv2d): ...
+
+
+class GroupNorm(_Unfilled, nn.GroupNorm): ...
+
+
+class LayerNorm(_Unfilled, nn.LayerNorm): ...
+
+
+class Embedding(_Unfilled, nn.Embedding): ...
+
 
 def read_config(kind: str, config: dict[str, Any], settings: dict[str, Any], built: dict[str, tuple]) -> dict[str, Any]:
     """The settings of a network out of a checkpoint's config.json, or ValueError for one that is not built.
@@ -34,13 +59,21 @@ def _listed(values: tuple) -> str:
     return ", ".join(repr(value) for value in values)
 
 
+def count(config: dict[str, Any], key: str) -> int:
+    """config[key], a number of layers; ValueError for one that is none, or so large that building would not end."""
+    value = config[key]
+    if type(value) is not int or not 1 <= value <= MOST:
+        raise ValueError(f"config: {key}={value!r} is out of range; accepted: 1 to {MOST}")
+    return value
+
+
 def per_level(value: int | list[int], levels: int, key: str) -> list[int]:
     """A config value that is one number for all resolution levels or a list with one number a level."""
     values = [value] * levels if isinstance(value, int) else list(value)
     if len(values) != levels:
         raise ValueError(f"config: {key} has {len(values)} entries for {levels} levels")
-    if any(not isinstance(entry, (int, str)) for entry in values):
-        raise ValueError(f"config: {key}={value!r} is not built; supported: one value, or one a level")
+    if any(not isinstance(entry, str) and (type(entry) is not int or not 1 <= entry <= MOST) for entry in values):
+        raise ValueError(f"config: {key}={value!r} is not built; supported: one value of 1 to {MOST}, or one a level")
     return values
 
 
@@ -58,8 +91,8 @@ class TimestepMLP(nn.Module):
 
     def __init__(self, width_in: int, width: int):
         super().__init__()
-        self.linear_1 = nn.Linear(width_in, width)
-        self.linear_2 = nn.Linear(width, width)
+        self.linear_1 = Linear(width_in, width)
+        self.linear_2 = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
@@ -70,14 +103,14 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, groups: int, eps: float, time_width: int | None = None):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, channels, eps)
-        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm1 = GroupNorm(groups, channels, eps)
+        self.conv1 = Conv2d(channels, out_channels, 3, padding=1)
         if time_width is not None:
-            self.time_emb_proj = nn.Linear(time_width, out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+            self.time_emb_proj = Linear(time_width, out_channels)
+        self.norm2 = GroupNorm(groups, out_channels, eps)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         if channels != out_channels:
-            self.conv_shortcut = nn.Conv2d(channels, out_channels, 1)
+            self.conv_shortcut = Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -95,10 +128,10 @@ class Attention(nn.Module):
     ):
         super().__init__()
         self.heads, self.upcast = heads, upcast
-        self.to_q = nn.Linear(channels, channels, bias=bias)
-        self.to_k = nn.Linear(context or channels, channels, bias=bias)
-        self.to_v = nn.Linear(context or channels, channels, bias=bias)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        self.to_q = Linear(channels, channels, bias=bias)
+        self.to_k = Linear(context or channels, channels, bias=bias)
+        self.to_v = Linear(context or channels, channels, bias=bias)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
@@ -117,7 +150,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
-        self.proj = nn.Linear(channels, 2 * out_channels)
+        self.proj = Linear(channels, 2 * out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden, gate = self.proj(x).chunk(2, dim=-1)
@@ -128,7 +161,7 @@ class FeedForward(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         # the gap at index 1 is diffusers' dropout, which has no weights
-        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
+        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net[2](self.net[0](x))
@@ -139,11 +172,11 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, channels: int, heads: int, context: int, upcast: bool):
         super().__init__()
-        self.norm1 = nn.LayerNorm(channels)
+        self.norm1 = LayerNorm(channels)
         self.attn1 = Attention(channels, heads, upcast=upcast)
-        self.norm2 = nn.LayerNorm(channels)
+        self.norm2 = LayerNorm(channels)
         self.attn2 = Attention(channels, heads, context, upcast=upcast)
-        self.norm3 = nn.LayerNorm(channels)
+        self.norm3 = LayerNorm(channels)
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -160,12 +193,12 @@ class Transformer2D(nn.Module):
     ):
         super().__init__()
         self.linear = linear  # SD 2.x projects after flattening, SD 1.x by a 1x1 convolution: same maths, other keys
-        self.norm = nn.GroupNorm(groups, channels, 1e-6)
-        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.norm = GroupNorm(groups, channels, 1e-6)
+        self.proj_in = Linear(channels, channels) if linear else Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             [TransformerBlock(channels, heads, context, upcast) for _ in range(depth)]
         )
-        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_out = Linear(channels, channels) if linear else Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         size = x.shape[-2:]
@@ -195,7 +228,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, padding: int = 1):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.conv.padding == (0, 0) else x)
@@ -206,7 +239,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
         if size is None:

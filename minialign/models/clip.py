@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from .blocks import read_config
+from .blocks import Conv2d, Embedding, LayerNorm, Linear, count, read_config
 from .pretrained import (
     EMBEDDED,
     MALFORMED,
@@ -26,11 +26,12 @@ from .pretrained import (
     read_json,
     resolve,
     save_network,
+    weights_patterns,
 )
 from .tokenizer import Tokenizer
 
-# what is fetched from a hub
-FILES = ["config.json", WEIGHTS[1] + ".safetensors", "vocab.json", "merges.txt", "tokenizer.json", "*_config.json"]
+# what is fetched from a hub beside config and weights
+FILES = [*Tokenizer.FILES, "preprocessor_config.json", "processor_config.json"]
 
 TEXT_SETTINGS: dict[str, Any] = {
     "vocab_size": 49408,
@@ -68,10 +69,10 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        self.q_proj = Linear(width, width)
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.out_proj = Linear(width, width)
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
         q, k, v = (
@@ -86,8 +87,8 @@ class MLP(nn.Module):
     def __init__(self, width: int, hidden: int, activation: str):
         super().__init__()
         self.activation = ACTIVATIONS[activation]
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))
@@ -99,9 +100,9 @@ class Layer(nn.Module):
     def __init__(self, c: dict[str, Any]):
         super().__init__()
         self.self_attn = SelfAttention(c["hidden_size"], c["num_attention_heads"])
-        self.layer_norm1 = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])
+        self.layer_norm1 = LayerNorm(c["hidden_size"], c["layer_norm_eps"])
         self.mlp = MLP(c["hidden_size"], c["intermediate_size"], c["hidden_act"])
-        self.layer_norm2 = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])
+        self.layer_norm2 = LayerNorm(c["hidden_size"], c["layer_norm_eps"])
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x), causal)
@@ -111,19 +112,14 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, c: dict[str, Any]):
         super().__init__()
-        self.layers = nn.ModuleList([Layer(c) for _ in range(c["num_hidden_layers"])])
-
-    def forward(self, x: Tensor, causal: bool) -> Tensor:
-        for layer in self.layers:
-            x = layer(x, causal)
-        return x
+        self.layers = nn.ModuleList([Layer(c) for _ in range(count(c, "num_hidden_layers"))])
 
 
 class TextEmbeddings(nn.Module):
     def __init__(self, c: dict[str, Any]):
         super().__init__()
-        self.token_embedding = nn.Embedding(c["vocab_size"], c["hidden_size"])
-        self.position_embedding = nn.Embedding(c["max_position_embeddings"], c["hidden_size"])
+        self.token_embedding = Embedding(c["vocab_size"], c["hidden_size"])
+        self.position_embedding = Embedding(c["max_position_embeddings"], c["hidden_size"])
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
@@ -135,10 +131,18 @@ class TextTransformer(nn.Module):
         self.eos_token_id: int = c["eos_token_id"]
         self.embeddings = TextEmbeddings(c)
         self.encoder = Transformer(c)
-        self.final_layer_norm = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])
+        self.final_layer_norm = LayerNorm(c["hidden_size"], c["layer_norm_eps"])
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.final_layer_norm(self.encoder(self.embeddings(ids), causal=True))
+        """Ids (B,L) -> last hidden states after the final norm (B,L,D)."""
+        return self.states(ids)[1]
+
+    def states(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states (B,L,D) before the last layer, which SDXL reads, and the last ones after the final norm."""
+        before = x = self.embeddings(ids)
+        for layer in self.encoder.layers:
+            before, x = x, layer(x, causal=True)
+        return before, self.final_layer_norm(x)
 
     def pool(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """The hidden state (B,D) at the end-of-text token.
@@ -154,8 +158,8 @@ class VisionEmbeddings(nn.Module):
         super().__init__()
         width, patch = c["hidden_size"], c["patch_size"]
         self.class_embedding = nn.Parameter(torch.randn(width))
-        self.patch_embedding = nn.Conv2d(c["num_channels"], width, patch, stride=patch, bias=False)
-        self.position_embedding = nn.Embedding((c["image_size"] // patch) ** 2 + 1, width)
+        self.patch_embedding = Conv2d(c["num_channels"], width, patch, stride=patch, bias=False)
+        self.position_embedding = Embedding((c["image_size"] // patch) ** 2 + 1, width)
 
     def forward(self, images: Tensor) -> Tensor:
         patches = self.patch_embedding(images).flatten(2).transpose(1, 2)
@@ -167,14 +171,16 @@ class VisionTransformer(nn.Module):
     def __init__(self, c: dict[str, Any]):
         super().__init__()
         self.embeddings = VisionEmbeddings(c)
-        self.pre_layrnorm = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])  # transformers' spelling
+        self.pre_layrnorm = LayerNorm(c["hidden_size"], c["layer_norm_eps"])  # transformers' spelling
         self.encoder = Transformer(c)
-        self.post_layernorm = nn.LayerNorm(c["hidden_size"], c["layer_norm_eps"])
+        self.post_layernorm = LayerNorm(c["hidden_size"], c["layer_norm_eps"])
 
     def forward(self, images: Tensor) -> Tensor:
         """Pixels (B,3,S,S) -> the class token's final state (B,D)."""
-        hidden = self.encoder(self.pre_layrnorm(self.embeddings(images)), causal=False)
-        return self.post_layernorm(hidden[:, 0])
+        x = self.pre_layrnorm(self.embeddings(images))
+        for layer in self.encoder.layers:
+            x = layer(x, causal=False)
+        return self.post_layernorm(x[:, 0])
 
 
 class TextEncoder(nn.Module):
@@ -188,6 +194,25 @@ class TextEncoder(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         return self.text_model(ids)
 
+    @staticmethod
+    def current_key(key: str) -> str:
+        """Today's name of a stored weight: transformers writes text towers with and without "text_model."."""
+        return key if key.startswith(("text_model.", "text_projection.")) else "text_model." + key
+
+
+class ProjectedTextEncoder(TextEncoder):
+    """SDXL's second text tower, transformers' CLIPTextModelWithProjection."""
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__(config)
+        width = _read("CLIPTextModel", config, TEXT_SETTINGS)["hidden_size"]
+        self.text_projection = Linear(width, config.get("projection_dim", 512), bias=False)
+
+    def states_and_pooled(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states (B,L,D) before the last layer, and the projected embedding (B,P) of the whole text."""
+        before, last = self.text_model.states(ids)
+        return before, self.text_projection(self.text_model.pool(last, ids))
+
 
 class CLIPTowers(nn.Module):
     """Both towers with their projections; `minialign.CLIP` adds the tokenizer and the image preprocessing."""
@@ -200,8 +225,8 @@ class CLIPTowers(nn.Module):
         width: int = config.get("projection_dim", 512)
         self.text_model = TextTransformer(text)
         self.vision_model = VisionTransformer(vision)
-        self.visual_projection = nn.Linear(vision["hidden_size"], width, bias=False)
-        self.text_projection = nn.Linear(text["hidden_size"], width, bias=False)
+        self.visual_projection = Linear(vision["hidden_size"], width, bias=False)
+        self.text_projection = Linear(text["hidden_size"], width, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.get("logit_scale_init_value", 2.6592)))
 
     def encode_image(self, pixels: Tensor) -> Tensor:
@@ -277,11 +302,15 @@ class CLIP(CLIPTowers):
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
-        revision: str | None = None,
+        **hub: Any,
     ) -> CLIP:
-        """Load a CLIPModel folder or hub id (the paper: openai/clip-vit-large-patch14); None is the embedded one."""
-        folder = EMBEDDED / "clip" if source is None else resolve(source, FILES, revision)
-        clip = load_network(cls, folder, device=device, dtype=dtype)
+        """Load a CLIPModel folder or hub id (the paper: openai/clip-vit-large-patch14); None is the embedded one.
+
+        `hub`: revision, token, cache_dir, local_files_only, see `resolve`.
+        """
+        patterns = [*FILES, *weights_patterns("", WEIGHTS[1])]
+        folder = EMBEDDED / "clip" if source is None else resolve(source, patterns, **hub)
+        clip = load_network(cls, folder, WEIGHTS[1], device=device, dtype=dtype)
         clip.tokenizer = Tokenizer.from_pretrained(folder)
         path = folder / "processor_config.json"  # what transformers writes since version 5
         try:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pretrained import InputError, read_bytes, read_json
+from .pretrained import MALFORMED, InputError, read_bytes, read_json
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 SUFFIXES = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
@@ -61,6 +61,8 @@ def _kind(character: str) -> str:
 class Tokenizer:
     """Call it with a list of strings to get ids (B, length), padded and truncated; length is 77 for CLIP."""
 
+    FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
+
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], config: dict[str, Any] | None = None):
         self.vocab, self.merges, self.config = vocab, merges, config or {}
         length = self.config.get("model_max_length") or 77
@@ -70,6 +72,8 @@ class Tokenizer:
         for token in (START, END, pad):
             if token not in vocab:
                 raise ValueError(f"tokenizer: vocab.json has no {token!r}")
+        if any(type(i) is not int or i < 0 for i in vocab.values()):
+            raise ValueError("tokenizer: vocab.json has an id that is not a number from 0 on")
         self.start, self.end, self.pad = vocab[START], vocab[END], vocab[pad]
         self._special = re.compile("(" + "|".join(map(re.escape, (START, END, pad))) + ")")
         self._ranks = {pair: rank for rank, pair in enumerate(merges)}
@@ -77,14 +81,16 @@ class Tokenizer:
         self._cache: dict[str, list[int]] = {}
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Tokenizer:
+    def from_pretrained(cls, folder: str | Path, settings: dict[str, Any] | None = None) -> Tokenizer:
         """Read vocab.json and merges.txt, or tokenizer.json alone, and tokenizer_config.json of a folder.
+
+        `settings` go before those of tokenizer_config.json.
 
         InputError names a file that is missing or not what it should be.
         """
         folder = Path(folder)
         path = folder / "tokenizer_config.json"
-        config = read_json(path) if path.exists() else None
+        config = (read_json(path) if path.exists() else {}) | (settings or {})
         try:
             if (folder / "vocab.json").exists():
                 vocab = read_json(folder / "vocab.json")
@@ -97,7 +103,7 @@ class Tokenizer:
             return cls(vocab, [(a, b) for a, b in pairs], config)
         except InputError:
             raise
-        except (ValueError, KeyError, TypeError) as error:
+        except MALFORMED as error:
             raise InputError(f"{folder}: not a CLIP tokenizer's files ({error})") from error
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -7,7 +7,19 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import Attention, Downsample, ResnetBlock, Upsample, per_level, pixels, read_config, tokens
+from .blocks import (
+    Attention,
+    Conv2d,
+    Downsample,
+    GroupNorm,
+    ResnetBlock,
+    Upsample,
+    count,
+    per_level,
+    pixels,
+    read_config,
+    tokens,
+)
 
 EPS = 1e-6  # of every group norm in this network
 
@@ -35,7 +47,7 @@ class VAEAttention(Attention):
 
     def __init__(self, channels: int, groups: int):
         super().__init__(channels, 1, bias=True)
-        self.group_norm = nn.GroupNorm(groups, channels, EPS)
+        self.group_norm = GroupNorm(groups, channels, EPS)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return x + pixels(super().forward(tokens(self.group_norm(x))), x.shape[-2:])
@@ -78,7 +90,7 @@ class Encoder(nn.Module):
     def __init__(self, c: dict[str, Any]):
         super().__init__()
         widths, groups = c["block_out_channels"], c["norm_num_groups"]
-        self.conv_in = nn.Conv2d(c["in_channels"], widths[0], 3, padding=1)
+        self.conv_in = Conv2d(c["in_channels"], widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             [
                 Stage(widths[max(i - 1, 0)], width, c["layers_per_block"], groups, True, i == len(widths) - 1)
@@ -86,8 +98,8 @@ class Encoder(nn.Module):
             ]
         )
         self.mid_block = MidBlock(widths[-1], groups, c["mid_block_add_attention"])
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * c["latent_channels"], 3, padding=1)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], EPS)
+        self.conv_out = Conv2d(widths[-1], 2 * c["latent_channels"], 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -100,7 +112,7 @@ class Decoder(nn.Module):
     def __init__(self, c: dict[str, Any]):
         super().__init__()
         widths, groups = c["block_out_channels"][::-1], c["norm_num_groups"]
-        self.conv_in = nn.Conv2d(c["latent_channels"], widths[0], 3, padding=1)
+        self.conv_in = Conv2d(c["latent_channels"], widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups, c["mid_block_add_attention"])
         self.up_blocks = nn.ModuleList(
             [
@@ -108,8 +120,8 @@ class Decoder(nn.Module):
                 for i, width in enumerate(widths)
             ]
         )
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
-        self.conv_out = nn.Conv2d(widths[-1], c["out_channels"], 3, padding=1)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], EPS)
+        self.conv_out = Conv2d(widths[-1], c["out_channels"], 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         z = self.mid_block(self.conv_in(z))
@@ -133,16 +145,26 @@ class VAE(nn.Module):
                 if name != kind:
                     raise ValueError(f"AutoencoderKL config: {key} has {name!r}; supported: {kind!r}")
             per_level(c[key] or 1, len(c["block_out_channels"]), key)  # refuses a list of another length
+        count(c, "layers_per_block")
         self.config = config
-        self.scaling_factor: float = c["scaling_factor"]
+        self.scaling_factor = float(c["scaling_factor"])
+        if not self.scaling_factor > 0:
+            raise ValueError(f"AutoencoderKL config: scaling_factor={self.scaling_factor} must be positive")
         self.factor = 2 ** (len(c["block_out_channels"]) - 1)
         self.latent_channels: int = c["latent_channels"]
         self.encoder = Encoder(c)
         self.decoder = Decoder(c)
         if c["use_quant_conv"]:
-            self.quant_conv = nn.Conv2d(2 * self.latent_channels, 2 * self.latent_channels, 1)
+            self.quant_conv = Conv2d(2 * self.latent_channels, 2 * self.latent_channels, 1)
         if c["use_post_quant_conv"]:
-            self.post_quant_conv = nn.Conv2d(self.latent_channels, self.latent_channels, 1)
+            self.post_quant_conv = Conv2d(self.latent_channels, self.latent_channels, 1)
+
+    @staticmethod
+    def current_key(key: str) -> str:
+        """Today's name of a stored weight: attention was once query, key, value and proj_attn."""
+        for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+            key = key.replace(f".{old}.", f".{new}.")
+        return key
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance, each (B,C,h,w), of the Gaussian over latents; not scaled."""
