@@ -142,6 +142,9 @@ def test_the_main_job_leaves_what_it_promises(finished):
     assert {"accuracy", "auc", "clip_score_auc"} <= set(results["reward"])
     assert {"generate", "label", "reward", "finetune", "evaluate", "total"} == set(results["seconds"])
     assert len(list((folder / "images").iterdir())) == 64
+    card = (folder / "model" / "README.md").read_text()
+    assert card.startswith("---\nlicense: ") and f"{results['alignment']['after']['overall']:8.1%}" in card
+    assert "| steps | 6 |" in card and "minialign's embedded shapes checkpoint" in card
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-6"]
     assert not list(folder.rglob("*.tmp"))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -363,9 +366,12 @@ def diffusers_pipeline(folder):
     return folder / "model", folder / "clip"
 
 
-@pytest.mark.parametrize("source", ["embedded", "diffusers"])
+@pytest.mark.parametrize("source", ["embedded", "diffusers", "xl"])
 def test_own_images_go_through_the_same_code(source, tmp_path, monkeypatch, capsys):
-    model, clip = (EMBEDDED, EMBEDDED / "clip") if source == "embedded" else diffusers_pipeline(tmp_path)
+    model, clip = (EMBEDDED, EMBEDDED / "clip") if source != "diffusers" else diffusers_pipeline(tmp_path)
+    if source == "xl":
+        model = tmp_path / "xl"
+        pytest.importorskip("test_checkpoints").diffusers_pipeline("xl").save_pretrained(model)
     labels = own_images(tmp_path / "images")
     small = {"sampling_steps": 2, "test_images": 6, "hidden": 16, "reward_steps": 20}
     monkeypatch.setattr(finetune, "OWN_DEFAULTS", finetune.OWN_DEFAULTS | small)
@@ -376,7 +382,10 @@ def test_own_images_go_through_the_same_code(source, tmp_path, monkeypatch, caps
     assert results["judge"] == "reward model" and results["counts"]["labels"] == 12
     assert set(results["alignment"]["before"]) == {"overall", "seen"}
     assert (tmp_path / "run" / "report.html").exists()
-    if source == "diffusers":  # and it draws the same with the weights that come out
+    if source == "xl":
+        learned, base = (Pipeline.from_pretrained(place).unet.state_dict() for place in (tmp_path / "run/model", model))
+        assert not torch.equal(learned["add_embedding.linear_1.weight"], base["add_embedding.linear_1.weight"])
+    elif source == "diffusers":  # and it draws the same with the weights that come out
         import diffusers
 
         peer = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "model", safety_checker=None)

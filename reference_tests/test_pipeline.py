@@ -210,6 +210,21 @@ def test_of_a_hub_repository_only_what_is_needed_is_asked_for(monkeypatch, varia
         Pipeline.from_pretrained(EMBEDDED, revison="v1")
 
 
+def test_a_cached_hub_id_needs_no_network(tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "models--someone--something"
+    shutil.copytree(EMBEDDED, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    (cached / "blobs").mkdir()
+    pipe = Pipeline.from_pretrained("someone/something", cache_dir=tmp_path, local_files_only=True)
+    assert pipe.generate("a star", steps=1)[0].size == (64, 64)
+    with pytest.raises(InputError, match="someone/another: neither a folder nor a hub id that can be fetched"):
+        Pipeline.from_pretrained("someone/another", cache_dir=tmp_path, local_files_only=True)
+    with pytest.raises(InputError, match="model.safetensors: a file; accepted: a folder that transformers writes"):
+        CLIP.from_pretrained(EMBEDDED / "clip" / "model.safetensors")
+
+
 def test_an_unknown_hub_id_is_one_line(monkeypatch):
     import huggingface_hub
 

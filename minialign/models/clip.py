@@ -310,6 +310,8 @@ class CLIP(CLIPTowers):
         """
         patterns = [*FILES, *weights_patterns("", WEIGHTS[1])]
         folder = EMBEDDED / "clip" if source is None else resolve(source, patterns, **hub)
+        if folder.is_file():
+            raise InputError(f"{source}: a file; accepted: a folder that transformers writes, or a hub id")
         clip = load_network(cls, folder, WEIGHTS[1], device=device, dtype=dtype)
         clip.tokenizer = Tokenizer.from_pretrained(folder)
         path = folder / "processor_config.json"  # what transformers writes since version 5
