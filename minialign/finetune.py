@@ -419,7 +419,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--dtype", choices=precisions, default="float32", help="of the fine-tuning's arithmetic (default: float32)")
     add("--checkpoint-every", type=in_range(int, 1), default=100, help="steps between checkpoints (default: 100)")
     add("--fresh", action="store_true", help="start over: remove what an earlier run left in the folder")
-    add("--model", help="folder, hub id or .safetensors file to fine-tune (default: the embedded one)")
+    add("--model", help="folder, hub id or .safetensors file (2.x: of v) to fine-tune (default: the embedded one)")
     add("--feedback", type=Path, help="labelled images: CSV or JSON lines with columns prompt, image, label")
     add("--clip", help=f"CLIP of the reward, folder or hub id (default: the embedded one; with --model: {OWN_CLIP})")
     return parser.parse_args(arguments)

@@ -28,6 +28,7 @@ from .models.pretrained import (
     build_network,
     first_line,
     load_network,
+    read_bytes,
     read_json,
     read_weights,
     resolve,
@@ -108,8 +109,8 @@ class Pipeline:
         place = resolve(source, patterns, **hub)
         how: dict[str, Any] = {"device": device, "dtype": dtype}
         pipe = _from_file(place, prediction_type, how, hub) if place.is_file() else _from_folder(place, variant, how)
-        if dtype == torch.float16 and pipe.vae.config.get("force_upcast") and pipe.text_encoder_2 is not None:
-            pipe.vae.float()  # SDXL's overflows in half precision
+        if dtype == torch.float16 and pipe.vae.config.get("force_upcast", True) and pipe.text_encoder_2 is not None:
+            pipe.vae.float()  # XL's overflows in half precision, unless its config says otherwise
         try:
             _check_fit(pipe, place)
         except InputError:
@@ -157,7 +158,8 @@ class Pipeline:
         api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload of a pipeline"))
+            stale = [f"{part}/*" for part in NETWORKS]  # weights of other names that diffusers would read first
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns=stale))
 
     @property
     def device(self) -> torch.device:
@@ -274,7 +276,7 @@ def _from_folder(folder: Path, variant: str | None, how: dict[str, Any]) -> Pipe
         parts[part] = Tokenizer.from_pretrained(folder / part)
     card = folder / "README.md"
     if card.is_file():
-        parts["card"] = card.read_text(encoding="utf-8", errors="replace")
+        parts["card"] = read_bytes(card).decode("utf-8", errors="replace")
     return Pipeline(**parts, zero_unconditional=xl and bool(index.get("force_zeros_for_empty_prompt", True)))
 
 
@@ -291,7 +293,10 @@ def _from_file(path: Path, prediction_type: str | None, how: dict[str, Any], hub
         parts[part] = build_network(NETWORKS[part][0], config, tensors, path, path, **how)
     beside = path.parent / "tokenizer"
     hub = {key: value for key, value in hub.items() if key != "revision"}  # there is none of this file
-    folder = beside if beside.is_dir() else resolve(TOKENIZER, list(Tokenizer.FILES), **hub)
+    try:
+        folder = beside if beside.is_dir() else resolve(TOKENIZER, list(Tokenizer.FILES), **hub)
+    except InputError as error:
+        raise InputError(f"{path}: has no tokenizer; put a folder tokenizer beside it ({error})") from error
     parts["tokenizer"] = Tokenizer.from_pretrained(folder)
     xl = "text_encoder_2" in found
     padded_by_0 = {"pad_token": "!"}  # as 2.x and XL's second tower were trained

@@ -22,8 +22,10 @@ from safetensors.torch import load_file, save_file
 from seeded import filled, image
 
 from minialign import CLIP, Pipeline
+from minialign.models import original
 from minialign.models.clip import ProjectedTextEncoder, TextEncoder
 from minialign.models.pretrained import InputError
+from minialign.models.tokenizer import Tokenizer
 from minialign.models.unet import UNet
 from minialign.models.vae import VAE
 
@@ -225,7 +227,7 @@ def test_shards_and_variants(saved, tmp_path, name):
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16, torch.float16])
 def test_any_stored_precision_into_any(saved, tmp_path, stored, wanted):
     peer = peer_of(saved("tiny_sd"), torch_dtype=stored)
     peer.save_pretrained(tmp_path)
@@ -245,6 +247,25 @@ def test_weights_are_mapped_and_a_pipeline_saved_over_itself_is_whole(saved, tmp
     assert Pipeline.from_pretrained(folder).generate("a dog", steps=2)[0].tobytes() == before
 
 
+def test_a_pipeline_saved_over_shards_is_what_diffusers_reads(saved, tmp_path):
+    peer_of(saved("tiny_sd")).save_pretrained(tmp_path, max_shard_size="300KB")
+    pipe = Pipeline.from_pretrained(tmp_path)
+    torch.nn.init.normal_(pipe.unet.conv_in.weight)
+    pipe.save_pretrained(tmp_path)
+    assert sorted(p.name for p in (tmp_path / "unet").iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
+    same_images(pipe, peer_of(tmp_path))
+
+
+def test_the_autoencoder_of_xl_stays_out_of_half_precision(saved):
+    pipe = Pipeline.from_pretrained(saved("xl"), dtype=torch.float16)
+    assert pipe.dtype == torch.float16 and pipe.vae.decoder.conv_in.weight.dtype == torch.float32
+    assert pipe.generate("a dog", steps=1)[0].size == (16, 16)
+    assert pipe.encode_images(pipe.generate("a dog", steps=1))[0].dtype == torch.float16
+
+
 def test_push_to_hub_uploads_what_is_saved(saved, monkeypatch):
     import huggingface_hub
 
@@ -257,7 +278,8 @@ def test_push_to_hub_uploads_what_is_saved(saved, monkeypatch):
         def create_repo(self, repo_id, **how):
             calls.append((repo_id, how))
 
-        def upload_folder(self, *, repo_id, folder_path, commit_message):
+        def upload_folder(self, *, repo_id, folder_path, delete_patterns):
+            assert "unet/*" in delete_patterns  # or shards of an earlier upload would stay
             calls.append((repo_id, sorted(p.name for p in Path(folder_path).iterdir())))
             calls.append(Path(folder_path, "README.md").read_text())
             return f"https://huggingface.co/{repo_id}"
@@ -385,7 +407,7 @@ def original_file(tmp_path: Path, name: str) -> tuple[Path, Path]:
     if name == "xl":
         more |= openclip(folder / "text_encoder_2", "conditioner.embedders.1.model.")
     if name.startswith("sd2"):
-        more |= openclip(folder / "text_encoder", "cond_stage_model.model.", added=1)
+        more |= openclip(folder / "text_encoder", "cond_stage_model.model.")
     else:
         prefix = "conditioner.embedders.0.transformer." if name == "xl" else "cond_stage_model.transformer."
         text = load_file(folder / "text_encoder/model.safetensors")
@@ -412,6 +434,64 @@ def test_one_file_in_the_original_layout(tmp_path, name):
     same_images(pipe, peer)
     pipe.save_pretrained(tmp_path / "again")
     same_images(pipe, peer_of(tmp_path / "again"))
+
+
+def test_the_last_layer_of_2_x_is_its_24th(tmp_path):
+    """OpenCLIP-H has 24 layers, of which 2.x reads 23; what diffusers converts back has no more than these."""
+    tower = transformers.CLIPTextModel(text_config(8, num_hidden_layers=23))
+    tower.save_pretrained(tmp_path)
+    for added in (0, 1):
+        weights = openclip(tmp_path, "", added)
+        config, found = original._openclip(weights, whole=False)
+        assert config["num_hidden_layers"] == 23 and not any("layers.23" in key for key in found)
+
+
+def test_the_projection_of_xl_in_both_layouts(tmp_path):
+    second = transformers.CLIPTextModelWithProjection(text_config(8, projection_dim=5))
+    second.save_pretrained(tmp_path)
+    weights = openclip(tmp_path, "")
+    _, found = original._openclip(weights, whole=True)
+    exported = {key: t for key, t in weights.items() if key != "text_projection"}
+    _, again = original._openclip(exported | {"text_projection.weight": weights["text_projection"].T}, whole=True)
+    for tensors in (found, again):
+        assert torch.equal(tensors["text_projection.weight"], second.text_projection.weight)
+
+
+@pytest.mark.parametrize("kind", ["edm_mean", "huge"])
+def test_files_that_are_like_sd(tmp_path, kind):
+    _, path = original_file(tmp_path, "sd1")
+    weights = load_file(path)
+    if kind == "huge":  # a block's number that would be counted up to
+        prefix = "model.diffusion_model.input_blocks."
+        weights = {f"{prefix}0.0.weight": torch.zeros(1), f"{prefix}1000000000.0.op.weight": torch.zeros(1)}
+    path.unlink()
+    save_file(weights | {kind: torch.zeros(1)}, path)
+    with pytest.raises(InputError, match="model.safetensors: not a Stable Diffusion 1.x, 2.x or XL base checkpoint"):
+        Pipeline.from_pretrained(path)
+
+
+def test_a_single_file_without_a_tokenizer_says_where_one_goes(tmp_path, monkeypatch):
+    _, path = original_file(tmp_path, "sd1")
+    shutil.rmtree(tmp_path / "tokenizer")
+    with pytest.raises(InputError, match="model.safetensors: has no tokenizer; put a folder tokenizer beside it"):
+        Pipeline.from_pretrained(path, local_files_only=True, cache_dir=tmp_path / "cache")
+
+
+def test_tokens_that_were_added_and_padding_of_the_special_tokens_map(tmp_path):
+    folder = Path(shutil.copytree(TOKENS, tmp_path / "t"))
+    vocab = json.loads((folder / "vocab.json").read_text())
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "!"}))
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "added_tokens.json").write_text(json.dumps({"<sks>": len(vocab)}))
+    mine, theirs = Tokenizer.from_pretrained(folder), transformers.CLIPTokenizer.from_pretrained(folder)
+    texts = ["a <sks> dog", "three dogs", "<sks>"]
+    ids = theirs(texts, padding="max_length", truncation=True, max_length=77)["input_ids"]
+    assert mine(texts).tolist() == ids and len(vocab) in ids[0] and ids[1][-1] == vocab["!"]
+    mine.save_pretrained(tmp_path / "again")
+    assert Tokenizer.from_pretrained(tmp_path / "again")(texts).tolist() == ids
+    again = transformers.CLIPTokenizer.from_pretrained(tmp_path / "again")
+    assert again(texts, padding="max_length", truncation=True, max_length=77)["input_ids"] == ids
 
 
 def test_a_file_of_another_kind_is_refused(saved, tmp_path):

@@ -76,6 +76,10 @@ def test_merged_is_the_same_function_and_unmerged_the_same_bits():
     after = unet.state_dict()
     assert after.keys() == state.keys() and all(torch.equal(after[key], state[key]) for key in state)
     assert torch.equal(unet(X, T, CONTEXT), before)
+    merge_lora(unet)
+    unet.double()
+    unmerge_lora(unet)
+    assert {p.dtype for p in unet.parameters()} == {torch.float64}
 
 
 @torch.no_grad()
@@ -142,8 +146,37 @@ def test_settings_in_the_metadata_that_cannot_be_read(tmp_path):
     weights = {f"unet.{LAYER}.to_q.lora_A.weight": A, f"unet.{LAYER}.to_q.lora_B.weight": B}
     for settings in ("{", "[]", json.dumps({"unet.lora_alpha": "x"})):
         save_file(weights, tmp_path / "lora.safetensors", {"lora_adapter_metadata": settings})
-        with pytest.raises(InputError, match="lora_adapter_metadata cannot be read"):
+        with pytest.raises(InputError, match="lora_adapter_metadata cannot be read|alpha of .*to_q cannot be read"):
             load_lora(UNet(CONFIG), tmp_path / "lora.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({}, "has no adapters"),
+        (
+            {f"unet.{LAYER}.to_q.lora_A.weight": A[:0], f"unet.{LAYER}.to_q.lora_B.weight": B[:, :0]},
+            "to_q has A (0, 16)",
+        ),
+        ({f"unet.{LAYER}.to_q.lora_A.weight": A[0, 0], f"unet.{LAYER}.to_q.lora_B.weight": B}, "to_q has A () and B"),
+    ],
+)
+def test_adapters_of_no_rank(tmp_path, weights, message):
+    save_file(weights, tmp_path / "lora.safetensors")
+    with pytest.raises(InputError) as error:
+        load_lora(UNet(CONFIG), tmp_path / "lora.safetensors")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("alpha", [torch.ones(2), torch.tensor(float("nan"))])
+def test_alphas_that_are_none_and_pickles(tmp_path, alpha):
+    weights = {f"unet.{LAYER}.to_q.lora_A.weight": A, f"unet.{LAYER}.to_q.lora_B.weight": B}
+    save_file(weights | {f"unet.{LAYER}.to_q.alpha": alpha}, tmp_path / "lora.safetensors")
+    with pytest.raises(InputError, match="alpha of .*to_q cannot be read"):
+        load_lora(UNet(CONFIG), tmp_path / "lora.safetensors")
+    (tmp_path / "pytorch_lora_weights.bin").write_bytes(b"x")
+    with pytest.raises(InputError, match="pytorch_lora_weights.bin: pickled weights can run code"):
+        load_lora(UNet(CONFIG), tmp_path / "pytorch_lora_weights.bin")
 
 
 def test_diffusers_reads_ours_and_we_read_diffusers(tmp_path):
@@ -170,10 +203,17 @@ def test_diffusers_reads_ours_and_we_read_diffusers(tmp_path):
 
     theirs = peer_of(tmp_path / "model")
     projections = ["to_q", "to_k", "to_v", "to_out.0"]
-    theirs.unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=12, target_modules=projections, init_lora_weights=False))
+    how = {"alpha_pattern": {"attn1.to_q": 32}, "use_rslora": True}
+    theirs.unet.add_adapter(
+        peft.LoraConfig(r=4, lora_alpha=3, target_modules=projections, init_lora_weights=False, **how)
+    )
     theirs.unet.save_lora_adapter(tmp_path / "theirs")
     assert len(load_file(tmp_path / "theirs/pytorch_lora_weights.safetensors")) == 2 * 4 * 2 * 16
     unet = Pipeline.from_pretrained(tmp_path / "model").unet
+    frozen = [p for p in unet.parameters()]
     load_lora(unet, tmp_path / "theirs/pytorch_lora_weights.safetensors")
+    assert not any(p.requires_grad for p in frozen)
+    scales = {layer.scale for name, layer in adapters(unet).items() if name.endswith("attn1.to_q")}
+    assert scales == {16.0} and adapters(unet)[f"{LAYER}.to_k"].scale == 1.5
     pipe.unet = unet
     same_images(pipe, theirs)

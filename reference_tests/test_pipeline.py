@@ -201,10 +201,11 @@ def test_of_a_hub_repository_only_what_is_needed_is_asked_for(monkeypatch, varia
         Pipeline.from_pretrained("someone/something", variant=variant, **how)
     except InputError:
         assert variant  # the folder has no such files
-    weights = [file for file in asked.pop("files") if not file.endswith((".json", ".txt", ".md"))]
-    part = f".{variant}" if variant else ""
-    networks = {"text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"}
-    assert sorted(weights) == sorted(f"{name}{part}.safetensors" for name in networks)
+    networks = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+    needed = {"README.md", "model_index.json", "scheduler/scheduler_config.json"}
+    needed |= {file for file in HUB if file.startswith("tokenizer/")} | {f"{part}/config.json" for part in networks}
+    end = f".{variant}.safetensors" if variant else ".safetensors"
+    assert set(asked.pop("files")) == needed | {f"{part}/{name}{end}" for part, name in networks.items()}
     assert asked == {"repo_id": "someone/something"} | how
     with pytest.raises(TypeError, match="revison"):
         Pipeline.from_pretrained(EMBEDDED, revison="v1")

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import struct
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from minialign import CLIP, Pipeline
 from minialign.diffusion import NoiseSchedule
 from minialign.models.clip import TextEncoder
+from minialign.models.lora import add_lora, load_lora, save_lora
 from minialign.models.pretrained import EMBEDDED, InputError
 from minialign.models.tokenizer import Tokenizer
 from minialign.models.unet import UNet
@@ -29,7 +31,7 @@ UNET = {
     "norm_num_groups": 2,
     "sample_size": 4,
 }
-ROUNDS = 2500
+ROUNDS = 2000
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +103,14 @@ def odd_weights(content: bytes, pick: random.Random) -> bytes:
     return struct.pack("<Q", len(header)) + header + content[8 + size :]
 
 
+def hangs(*_) -> None:
+    raise TimeoutError("a load that does not end")
+
+
 def load(folder: Path, part: Path | None = None) -> None:
-    """What reads the file `part`, or everything."""
+    """What reads the file `part`, or everything, and reads a prompt with it."""
     if part is None or "clip" not in part.parts:
-        Pipeline.from_pretrained(folder)
+        Pipeline.from_pretrained(folder).encode_prompts(["a red star"])
     if part is None or "clip" in part.parts:
         CLIP.from_pretrained(folder / "clip")
 
@@ -115,9 +121,6 @@ def test_thousands_of_broken_checkpoints(whole, tmp_path):
     folder = Path(shutil.copytree(whole, tmp_path / "broken"))
     files = [path for path in sorted(folder.rglob("*")) if path.suffix in (".json", ".safetensors", ".txt")]
     refused = 0
-
-    def hangs(*_):
-        raise TimeoutError("a load that does not end")
 
     signal.signal(signal.SIGALRM, hangs)
     for _ in range(ROUNDS):
@@ -141,8 +144,55 @@ def test_thousands_of_broken_checkpoints(whole, tmp_path):
             signal.alarm(0)
         path.unlink()
         path.write_bytes(content)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     assert refused > ROUNDS / 4
     load(folder)
+
+
+def test_hundreds_of_broken_single_files_and_adapters(tmp_path):
+    original_file = pytest.importorskip("test_checkpoints").original_file
+    _, path = original_file(tmp_path, "sd1")
+    unet, lora = UNet(UNET), tmp_path / "lora.safetensors"
+    add_lora(unet, 2)
+    save_lora(unet, lora)
+    pick, refused = random.Random(0), 0
+
+    def renumbered(content: bytes) -> bytes:
+        """One key with another number in it."""
+        (size,) = struct.unpack("<Q", content[:8])
+        header = json.loads(content[8 : 8 + size])
+        key = pick.choice([key for key in header if re.search(r"\d", key)])
+        number = str(pick.choice([0, 1, 7, 12, 30, 10**9]))
+        header[re.sub(r"\d+", number, key, count=1)] = header.pop(key)
+        changed = json.dumps(header).encode()
+        return struct.pack("<Q", len(changed)) + changed + content[8 + size :]
+
+    signal.signal(signal.SIGALRM, hangs)
+    for i in range(400):
+        place, content = (path, path.read_bytes()) if i % 2 else (lora, lora.read_bytes())
+        changed = pick.choice([renumbered, lambda c: odd_weights(c, pick), lambda c: odd_bytes(c, pick)])(content)
+        place.unlink()
+        place.write_bytes(changed)
+        signal.alarm(20)
+        try:
+            Pipeline.from_pretrained(path) if i % 2 else load_lora(UNet(UNET), lora)
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error) and str(place) in str(error), error
+        finally:
+            signal.alarm(0)
+        place.unlink()
+        place.write_bytes(content)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    assert refused > 100
+
+
+def test_layers_that_multiply_are_refused():
+    for many in ({"layers_per_block": 600}, {"layers_per_block": 30, "transformer_layers_per_block": 30}):
+        with pytest.raises(ValueError, match="more than 1024 layers"):
+            UNet(UNET | many)
+    with pytest.raises(ValueError, match="more than 1024 layers"):
+        VAE({"block_out_channels": [4, 4], "norm_num_groups": 2, "layers_per_block": 600})
 
 
 SHARDS = "unet/diffusion_pytorch_model.safetensors.index.json"

@@ -67,6 +67,13 @@ def count(config: dict[str, Any], key: str) -> int:
     return value
 
 
+def check_heads(width: int, heads: int) -> int:
+    """`heads`, or ValueError where they do not divide the width."""
+    if width % heads:
+        raise ValueError(f"config: {heads} attention heads do not divide a width of {width}")
+    return heads
+
+
 def per_level(value: int | list[int], levels: int, key: str) -> list[int]:
     """A config value that is one number for all resolution levels or a list with one number a level."""
     values = [value] * levels if isinstance(value, int) else list(value)
@@ -127,7 +134,7 @@ class Attention(nn.Module):
         self, channels: int, heads: int, context: int | None = None, *, bias: bool = False, upcast: bool = False
     ):
         super().__init__()
-        self.heads, self.upcast = heads, upcast
+        self.heads, self.upcast = check_heads(channels, heads), upcast
         self.to_q = Linear(channels, channels, bias=bias)
         self.to_k = Linear(context or channels, channels, bias=bias)
         self.to_v = Linear(context or channels, channels, bias=bias)

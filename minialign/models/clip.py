@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from .blocks import Conv2d, Embedding, LayerNorm, Linear, count, read_config
+from .blocks import Conv2d, Embedding, LayerNorm, Linear, check_heads, count, read_config
 from .pretrained import (
     EMBEDDED,
     MALFORMED,
@@ -68,7 +68,7 @@ def _read(kind: str, config: dict[str, Any], settings: dict[str, Any]) -> dict[s
 class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.heads = heads
+        self.heads = check_heads(width, heads)
         self.q_proj = Linear(width, width)
         self.k_proj = Linear(width, width)
         self.v_proj = Linear(width, width)
@@ -128,7 +128,9 @@ class TextEmbeddings(nn.Module):
 class TextTransformer(nn.Module):
     def __init__(self, c: dict[str, Any]):
         super().__init__()
-        self.eos_token_id: int = c["eos_token_id"]
+        self.eos_token_id: int = 2 if c["eos_token_id"] is None else c["eos_token_id"]
+        if type(self.eos_token_id) is not int:
+            raise ValueError(f"CLIP config: eos_token_id={c['eos_token_id']!r} is not built; supported: one number")
         self.embeddings = TextEmbeddings(c)
         self.encoder = Transformer(c)
         self.final_layer_norm = LayerNorm(c["hidden_size"], c["layer_norm_eps"])
@@ -223,6 +225,7 @@ class CLIPTowers(nn.Module):
         text = _read("CLIPModel text", config.get("text_config") or {}, TEXT_SETTINGS)
         vision = _read("CLIPModel vision", config.get("vision_config") or {}, VISION_SETTINGS)
         width: int = config.get("projection_dim", 512)
+        self.image_size: int = vision["image_size"]
         self.text_model = TextTransformer(text)
         self.vision_model = VisionTransformer(vision)
         self.visual_projection = Linear(vision["hidden_size"], width, bias=False)
@@ -321,7 +324,9 @@ class CLIP(CLIPTowers):
             else:
                 path = folder / "preprocessor_config.json"
                 clip.preprocessing = read_json(path)
-            clip.preprocess([Image.new("RGB", (8, 8))])
+            size = clip.preprocess([Image.new("RGB", (8, 8))]).shape[2:]
+            if size != (clip.image_size, clip.image_size):
+                raise ValueError(f"crop_size is {tuple(size)}; accepted with config.json: {clip.image_size}")
         except InputError:
             raise
         except MALFORMED as error:

@@ -12,8 +12,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .blocks import Attention
-from .pretrained import MALFORMED, InputError, read_weights
+from .pretrained import MALFORMED, InputError, first_line, read_weights
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 # the names in adapter files: of today, of peft's predecessors, and of the first attention processors
@@ -59,7 +59,7 @@ def add_lora(unet: nn.Module, rank: int, alpha: float | None = None) -> list[nn.
                 a = torch.empty(rank, layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype)
                 nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as nn.Linear's own
                 b = torch.zeros(layer.out_features, rank, device=a.device, dtype=a.dtype)
-                unet.set_submodule(f"{path}.{name}", LoRALinear(layer, a, b, (alpha or rank) / rank))
+                unet.set_submodule(f"{path}.{name}", LoRALinear(layer, a, b, (rank if alpha is None else alpha) / rank))
     return [p for layer in adapters(unet).values() for p in (layer.lora_A, layer.lora_B)]
 
 
@@ -81,10 +81,10 @@ def merge_lora(unet: nn.Module) -> None:
 
 
 def unmerge_lora(unet: nn.Module) -> None:
-    """Undo `merge_lora`, bit by bit."""
+    """Undo `merge_lora`, bit by bit: the merged layers have kept what they stand for."""
     for name, layer in list(unet.named_modules()):
         if "unmerged" in layer.__dict__:
-            unet.set_submodule(name, layer.__dict__["unmerged"])
+            unet.set_submodule(name, layer.__dict__["unmerged"].to(layer.weight))  # the UNet may have moved
 
 
 def save_lora(unet: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -116,36 +116,50 @@ def load_lora(unet: nn.Module, path: str | Path) -> None:
             raise InputError(f"{path}: {key} is not an adapter of a UNet's linear layer in diffusers' names")
         half = {"down": "A", "up": "B"}.get(match["old"], match["today"])
         halves.setdefault(match["layer"], {})[half] = tensor
-    scales, found = dict(_scales(path, weights)), {}
+    if not halves:
+        raise InputError(f"{path}: has no adapters")
+    settings, found = _settings(path), {}
     for name, pair in halves.items():
         layer = dict(unet.named_modules()).get(name)
         if not isinstance(layer, nn.Linear):
             raise InputError(f"{path}: {name} is not a linear layer of this UNet")
         if pair.keys() != {"A", "B"}:
             raise InputError(f"{path}: {name} has one half of an adapter only")
-        a, b = pair["A"].to(layer.weight), pair["B"].to(layer.weight)
-        if a.shape != (len(a), layer.in_features) or b.shape != (layer.out_features, len(a)):
+        a, b = pair["A"], pair["B"]
+        rank = a.shape[0] if a.ndim == 2 else 0
+        if rank < 1 or a.shape[1] != layer.in_features or b.shape != (layer.out_features, rank):
             has = f"A {tuple(a.shape)} and B {tuple(b.shape)}"
             raise InputError(f"{path}: {name} has {has}, expected (r,{layer.in_features}) and ({layer.out_features},r)")
-        alpha = scales.get(name, scales.get("", len(a)))
-        found[name] = LoRALinear(layer, a, b, alpha / len(a))
+        stored = [weights[key] for key in (f"unet.{name}.alpha", f"{name}.alpha") if key in weights]
+        try:
+            scale = _scale(name, rank, float(stored[0]) if stored else None, settings)
+        except MALFORMED as error:
+            raise InputError(f"{path}: alpha of {name} cannot be read ({first_line(error)})") from error
+        found[name] = LoRALinear(layer, a.to(layer.weight), b.to(layer.weight), scale)
+    unet.requires_grad_(False)
     for name, adapted in found.items():
         unet.set_submodule(name, adapted)
 
 
-def _scales(path: Path, weights: dict[str, Tensor]) -> Iterator[tuple[str, float]]:
-    """The alpha of a layer, or of all under the name "": from peft's settings in the file's metadata, or from keys."""
+def _settings(path: Path) -> dict[str, Any]:
+    """peft's settings, which diffusers keeps in the file's metadata, each under "unet." or bare."""
     with safe_open(path, "pt") as file:
-        settings = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
+        text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
     try:
-        named = json.loads(settings)
-        for key, value in named.items():
-            if key.endswith("lora_alpha"):
-                yield "", float(value)
-            elif key.endswith("alpha_pattern"):
-                yield from ((name, float(alpha)) for name, alpha in value.items())
+        return {key.removeprefix("unet."): value for key, value in json.loads(text).items()}
     except MALFORMED as error:
         raise InputError(f"{path}: its lora_adapter_metadata cannot be read ({error})") from error
-    for key, tensor in weights.items():
-        if key.endswith(".alpha"):
-            yield key.removesuffix(".alpha").removeprefix("unet."), float(tensor)
+
+
+def _scale(name: str, rank: int, alpha: float | None, settings: dict[str, Any]) -> float:
+    """alpha / rank, or alpha / sqrt(rank) of rank-stabilised adapters (Kalajdzievski 2023)."""
+    if alpha is None:
+        alpha = settings.get("lora_alpha", rank)
+        for end, value in (settings.get("alpha_pattern") or {}).items():  # as peft does, the first that matches
+            if f".{name}".endswith(f".{end}"):
+                alpha = value
+                break
+    scale = float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)  # type: ignore[arg-type]
+    if not math.isfinite(scale):
+        raise ValueError(f"{alpha} is not finite")
+    return scale

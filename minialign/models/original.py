@@ -61,7 +61,6 @@ OPENCLIP_RULES = [
     (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
     (r"^token_embedding", "text_model.embeddings.token_embedding"),
     (r"^ln_final", "text_model.final_layer_norm"),
-    (r"^text_projection$", "text_projection.weight"),
     (r"^transformer\.resblocks", "text_model.encoder.layers"),
     (r"\.ln_([12])", r".layer_norm\1"),
     (r"\.mlp\.c_fc", ".mlp.fc1"),
@@ -77,10 +76,12 @@ def is_original(weights: Weights) -> bool:
 def parts(weights: Weights, prediction_type: str | None = None) -> dict[str, Part]:
     """Config and weights of "unet", "vae", "text_encoder", for XL "text_encoder_2", and "scheduler" (no weights).
 
-    The file does not say what the network predicts. As diffusers does, take v for 2.x, whose 768 pixel checkpoints
-    predict it, and noise otherwise (2.x base, 1.x, XL without the key "v_pred"); `prediction_type` says otherwise.
+    The file does not say what the network predicts: v is taken for 2.x, whose 768 pixel checkpoints predict it, and for
+    XL with the key "v_pred", noise for all others. That is wrong for 2.x base: `prediction_type` says otherwise.
     LookupError or ValueError for a file of another kind.
     """
+    if "edm_mean" in weights:
+        raise ValueError("the noise of playground-v2.5 is not built")
     found = {"unet": _unet(_under(weights, UNET)), "vae": _vae(_under(weights, VAE))}
     prediction, config = "epsilon", found["unet"][0]
     if any(key.startswith(XL_TOWERS[1]) for key in weights):
@@ -97,6 +98,8 @@ def parts(weights: Weights, prediction_type: str | None = None) -> dict[str, Par
         found["text_encoder"] = _clip(_under(weights, CLIP_TOWER))
     schedule = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
     schedule |= {"set_alpha_to_one": False, "clip_sample": False, "prediction_type": prediction_type or prediction}
+    if "ztsnr" in weights:
+        schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     found["scheduler"] = ({"_class_name": "DDIMScheduler", "num_train_timesteps": 1000} | schedule, {})
     return found
 
@@ -126,6 +129,10 @@ def _unet(weights: Weights) -> Part:
     """Blocks are numbered through: the first convolution, then each level's layers and its change of resolution."""
     down = {int(key.split(".")[1]) for key in weights if key.startswith("input_blocks.") and key.endswith("op.weight")}
     layers, levels = min(down) - 1, len(down) + 1
+    if not 0 < layers * levels <= len(weights):
+        raise LookupError(
+            f"blocks of other numbers than Stable Diffusion's ({min(down)} before the first change of size)"
+        )
     names = {}
     for i in range(levels):
         for j in range(layers):
@@ -159,7 +166,9 @@ def _unet(weights: Weights) -> Part:
         "transformer_layers_per_block": [*(n or 1 for n in blocks[:-1]), middle],
         "cross_attention_dim": renamed[first + "transformer_blocks.0.attn2.to_k.weight"].shape[1],
         "use_linear_projection": linear,
-        "attention_head_dim": [width // 64 for width in widths] if linear else 8,  # heads; of 64 channels from 2.x on
+        "attention_head_dim": [max(1, width // 64) for width in widths]
+        if linear
+        else 8,  # heads; of 64 channels from 2.x on
         "sample_size": 64,
     }
     if "add_embedding.linear_1.weight" in renamed:
@@ -197,20 +206,21 @@ def _clip(weights: Weights) -> Part:
 
 
 def _openclip(weights: Weights, whole: bool) -> Part:
-    """`whole` with the last layer and the projection; 2.x reads the layer before, and its last one is not kept."""
+    """`whole` with the last layer and the projection; 2.x reads the layer before, and its 24th is not kept."""
     renamed = {}
+    if "text_projection" in weights:  # OpenCLIP multiplies from the other side; diffusers' exports do not
+        weights = weights | {"text_projection.weight": weights["text_projection"].T}
     for key, tensor in _renamed(weights, OPENCLIP_RULES).items():
         if match := re.search(r"\.attn\.in_proj_(weight|bias)$", key):
             for name, part in zip("qkv", tensor.chunk(3)):
                 renamed[f"{key[: match.start()]}.self_attn.{name}_proj.{match[1]}"] = part
-        elif key == "text_projection.weight":
-            renamed[key] = tensor.T
-        elif key != "logit_scale":
+        elif key not in ("logit_scale", "text_projection"):
             renamed[key] = tensor
-    last = f"text_model.encoder.layers.{_count(renamed, r'text_model.encoder.layers.') - 1}."
     config = {"projection_dim": renamed["text_projection.weight"].shape[0]} if whole else {}
     if not whole:
-        renamed = {k: t for k, t in renamed.items() if not k.startswith((last, "text_projection"))}
+        renamed = {
+            k: t for k, t in renamed.items() if not k.startswith(("text_model.encoder.layers.23.", "text_projection"))
+        }
     return _text_config(renamed, "gelu") | config, renamed
 
 
@@ -222,7 +232,7 @@ def _text_config(weights: Weights, activation: str) -> dict[str, Any]:
         "hidden_size": tokens.shape[1],
         "intermediate_size": weights["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
         "num_hidden_layers": _count(weights, r"text_model\.encoder\.layers\."),
-        "num_attention_heads": tokens.shape[1] // 64,
+        "num_attention_heads": max(1, tokens.shape[1] // 64),
         "max_position_embeddings": weights["text_model.embeddings.position_embedding.weight"].shape[0],
         "hidden_act": activation,
         "eos_token_id": 2,  # pooling at the highest id, which ends the text

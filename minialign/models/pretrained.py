@@ -21,8 +21,9 @@ EMBEDDED = Path(__file__).parent.parent / "shapes" / "checkpoint"
 WEIGHTS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' file names
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 CONVERT = (
-    "pickled weights can run code and are refused; convert them with diffusers or transformers: load them there and "
-    "call save_pretrained(folder, safe_serialization=True)"
+    "pickled weights can run code and are refused; convert them with diffusers or transformers: load them there "
+    "(from_pretrained, from_single_file or load_lora_weights) and call save_pretrained(folder, "
+    "safe_serialization=True) or save_lora_weights"
 )
 ACCEPTED = (
     "accepted: a folder in the diffusers layout or a hub id such as owner/name, or a .safetensors file in the original "
@@ -211,6 +212,8 @@ def weights_files(folder: Path, name: str, variant: str | None = None) -> list[P
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file, mapped into memory, so that reading them is left to their first use."""
+    if path.suffix in PICKLES:
+        raise InputError(f"{path}: {CONVERT}")
     try:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}
@@ -227,3 +230,5 @@ def save_network(network: nn.Module, folder: Path, name: str = WEIGHTS[0], dtype
     # not in place, because the network's own weights may be mapped from that file
     save_file(weights, path.with_suffix(".tmp"), {"format": "pt", "made_by": "minialign"})
     os.replace(path.with_suffix(".tmp"), path)
+    for stale in (folder / weights_names(name)[1], *folder.glob(f"{name}-?????-of-?????.safetensors")):
+        stale.unlink(missing_ok=True)  # of a model in shards that was here before: diffusers would read them

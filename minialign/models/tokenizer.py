@@ -61,21 +61,28 @@ def _kind(character: str) -> str:
 class Tokenizer:
     """Call it with a list of strings to get ids (B, length), padded and truncated; length is 77 for CLIP."""
 
-    FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
+    FILES = (
+        "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+        "added_tokens.json",
+    )  # fmt: skip
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], config: dict[str, Any] | None = None):
-        self.vocab, self.merges, self.config = vocab, merges, config or {}
+        self.merges, self.config = merges, config or {}
         length = self.config.get("model_max_length") or 77
         self.length: int = length if length < 1 << 16 else 77  # transformers writes 1e30 where none was set
         pad = self.config.get("pad_token") or END
         pad = pad["content"] if isinstance(pad, dict) else pad
+        added = {token["content"]: int(i) for i, token in (self.config.get("added_tokens_decoder") or {}).items()}
+        self.vocab = vocab = vocab | added
         for token in (START, END, pad):
             if token not in vocab:
                 raise ValueError(f"tokenizer: vocab.json has no {token!r}")
         if any(type(i) is not int or i < 0 for i in vocab.values()):
             raise ValueError("tokenizer: vocab.json has an id that is not a number from 0 on")
         self.start, self.end, self.pad = vocab[START], vocab[END], vocab[pad]
-        self._special = re.compile("(" + "|".join(map(re.escape, (START, END, pad))) + ")")
+        self._special = re.compile(
+            "(" + "|".join(map(re.escape, sorted({START, END, pad, *added}, key=len, reverse=True))) + ")"
+        )
         self._ranks = {pair: rank for rank, pair in enumerate(merges)}
         self._bytes = byte_characters()
         self._cache: dict[str, list[int]] = {}
@@ -84,21 +91,27 @@ class Tokenizer:
     def from_pretrained(cls, folder: str | Path, settings: dict[str, Any] | None = None) -> Tokenizer:
         """Read vocab.json and merges.txt, or tokenizer.json alone, and tokenizer_config.json of a folder.
 
-        `settings` go before those of tokenizer_config.json.
-
-        InputError names a file that is missing or not what it should be.
+        `settings` go before those of the files. InputError names a file that is missing or not what it should be.
         """
         folder = Path(folder)
         path = folder / "tokenizer_config.json"
-        config = (read_json(path) if path.exists() else {}) | (settings or {})
+        config = read_json(path) if path.exists() else {}
+        path = folder / "special_tokens_map.json"  # goes before the config: 2.x says its padding there
+        config |= {key: token for key, token in (read_json(path) if path.exists() else {}).items() if "_token" in key}
+        config |= settings or {}
+        path = folder / "added_tokens.json"
         try:
+            if path.exists():
+                named = {str(i): {"content": token} for token, i in read_json(path).items()}
+                config["added_tokens_decoder"] = (config.get("added_tokens_decoder") or {}) | named
             if (folder / "vocab.json").exists():
                 vocab = read_json(folder / "vocab.json")
                 lines = read_bytes(folder / "merges.txt").decode("utf-8").split("\n")
                 pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
             else:  # what transformers writes since version 5
                 whole = read_json(folder / "tokenizer.json")
-                vocab = whole["model"]["vocab"] | {token["content"]: token["id"] for token in whole["added_tokens"]}
+                vocab = whole["model"]["vocab"]
+                config["added_tokens_decoder"] = {str(token["id"]): token for token in whole["added_tokens"]}
                 pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in whole["model"]["merges"]]
             return cls(vocab, [(a, b) for a, b in pairs], config)
         except InputError:

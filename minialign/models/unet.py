@@ -128,6 +128,8 @@ class UNet(nn.Module):
         heads = per_level(c["attention_head_dim"], levels, "attention_head_dim")
         layers = per_level(c["layers_per_block"], levels, "layers_per_block")
         down_depths, up_depths = _depths(c, layers)
+        if sum(layers) + sum(map(sum, down_depths + up_depths)) > MOST:
+            raise ValueError(f"UNet2DConditionModel config: more than {MOST} layers and transformer blocks")
         time_width = 4 * widths[0]
 
         def attention(level: int, depth: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import (
+    MOST,
     Attention,
     Conv2d,
     Downsample,
@@ -35,7 +36,7 @@ SETTINGS: dict[str, Any] = {
     "use_post_quant_conv": True,
     "mid_block_add_attention": True,
     "sample_size": None,  # a hint for image sizes that the network itself does not need
-    "force_upcast": None,  # a hint to run SDXL's decoder in float32; ours runs in the dtype it is given
+    "force_upcast": None,  # a hint to run XL's in float32, read by the pipeline
     "down_block_types": None,
     "up_block_types": None,
 }
@@ -145,7 +146,8 @@ class VAE(nn.Module):
                 if name != kind:
                     raise ValueError(f"AutoencoderKL config: {key} has {name!r}; supported: {kind!r}")
             per_level(c[key] or 1, len(c["block_out_channels"]), key)  # refuses a list of another length
-        count(c, "layers_per_block")
+        if count(c, "layers_per_block") * len(c["block_out_channels"]) > MOST:
+            raise ValueError(f"AutoencoderKL config: more than {MOST} layers")
         self.config = config
         self.scaling_factor = float(c["scaling_factor"])
         if not self.scaling_factor > 0:
