@@ -294,8 +294,10 @@ def run_stages(job: Run, pipe: Pipeline, clip: CLIP, task: Task, settings: dict[
     results |= {"settings": settings, "minialign": __version__}
     results["counts"] = {"images": len(images), "labels": len(labels), "evaluated": len(task.test)}
     write_json(folder / "results.json", results)
-    with atomic(folder / "model" / "README.md") as temporary:
-        temporary.write_text(model_card(results), encoding="utf-8")
+    card = folder / "model" / "README.md"
+    if not card.exists():  # or what its maker has filled in would be lost
+        with atomic(card) as temporary:
+            temporary.write_text(model_card(results), encoding="utf-8")
     return results
 
 

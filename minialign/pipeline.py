@@ -91,6 +91,7 @@ class Pipeline:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         variant: str | None = None,
+        revision: str | None = None,
         prediction_type: str | None = None,
         **hub: Any,
     ) -> Pipeline:
@@ -98,7 +99,7 @@ class Pipeline:
 
         None is the embedded shapes checkpoint. `variant` "fp16" reads model.fp16.safetensors. `prediction_type` is for
         a file in the original layout alone (`original.parts`), whose tokenizer is a folder tokenizer/ beside it or
-        CLIP's from the hub. `hub`: revision, token, cache_dir, local_files_only, see `resolve`. InputError names the
+        CLIP's from the hub. `hub`: token, cache_dir, local_files_only, see `resolve`. InputError names the
         file and what is wrong with it.
         """
         patterns = ["model_index.json", "README.md", "scheduler/scheduler_config.json"]
@@ -106,7 +107,7 @@ class Pipeline:
             patterns += weights_patterns(f"{part}/", name, variant)
         for part in ("tokenizer", "tokenizer_2"):
             patterns += [f"{part}/{file}" for file in Tokenizer.FILES]
-        place = resolve(source, patterns, **hub)
+        place = resolve(source, patterns, revision=revision, **hub)
         how: dict[str, Any] = {"device": device, "dtype": dtype}
         pipe = _from_file(place, prediction_type, how, hub) if place.is_file() else _from_folder(place, variant, how)
         if dtype == torch.float16 and pipe.vae.config.get("force_upcast", True) and pipe.text_encoder_2 is not None:
@@ -292,7 +293,6 @@ def _from_file(path: Path, prediction_type: str | None, how: dict[str, Any], hub
     for part, (config, tensors) in found.items():
         parts[part] = build_network(NETWORKS[part][0], config, tensors, path, path, **how)
     beside = path.parent / "tokenizer"
-    hub = {key: value for key, value in hub.items() if key != "revision"}  # there is none of this file
     try:
         folder = beside if beside.is_dir() else resolve(TOKENIZER, list(Tokenizer.FILES), **hub)
     except InputError as error:

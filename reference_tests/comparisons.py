@@ -20,6 +20,15 @@ from minialign.models.vae import VAE
 
 GOLDENS = Path(__file__).parent / "goldens"
 FORWARD, GRADIENT, TRAJECTORY = 1e-5, 1e-4, 1e-4  # relative, in float32
+SMALL_UNET = {  # with and without attention, for tests that need no golden
+    "block_out_channels": [8, 8],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "layers_per_block": 1,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 6,
+    "norm_num_groups": 2,
+}
 Json = dict[str, Any]
 Tensors = dict[str, Tensor]
 

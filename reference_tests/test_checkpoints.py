@@ -130,7 +130,7 @@ def drawn_by_diffusers(peer: object, latents: torch.Tensor, **more) -> list:
     return peer(PROMPTS, num_inference_steps=4, guidance_scale=5.0, latents=scaled, **size, **more).images
 
 
-def same_images(pipe: Pipeline, peer: object, latents: torch.Tensor | None = None, **more) -> None:
+def assert_same_images(pipe: Pipeline, peer: object, latents: torch.Tensor | None = None, **more) -> None:
     """Equal to 1/255 from the same latents, and images that are worth comparing."""
     latents = pipe.noise([3, 4]) if latents is None else latents
     mine = pipe.generate(PROMPTS, steps=4, guidance=5.0, latents=latents, **more)
@@ -190,9 +190,9 @@ def test_real_text_towers_and_autoencoder_have_the_released_keys():
 @pytest.mark.parametrize("name", REAL)
 def test_each_family_there_and_back(saved, tmp_path, name):
     pipe = Pipeline.from_pretrained(saved(name))
-    same_images(pipe, peer_of(saved(name)))
+    assert_same_images(pipe, peer_of(saved(name)))
     pipe.save_pretrained(tmp_path)
-    same_images(pipe, peer_of(tmp_path))
+    assert_same_images(pipe, peer_of(tmp_path))
 
 
 @pytest.mark.parametrize("zeros", [True, False])
@@ -201,9 +201,9 @@ def test_xl_without_and_with_a_negative_prompt(saved, tmp_path, zeros):
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": zeros}))
     pipe = Pipeline.from_pretrained(folder)
-    same_images(pipe, peer_of(folder))
-    same_images(pipe, peer_of(folder), negative_prompt="red" if zeros else "")
-    same_images(pipe, peer_of(folder), latents=torch.randn(2, 4, 4, 12))  # another size is another conditioning
+    assert_same_images(pipe, peer_of(folder))
+    assert_same_images(pipe, peer_of(folder), negative_prompt="red" if zeros else "")
+    assert_same_images(pipe, peer_of(folder), latents=torch.randn(2, 4, 4, 12))  # another size is another conditioning
     pipe.save_pretrained(tmp_path / "again")
     assert Pipeline.from_pretrained(tmp_path / "again").zero_unconditional == zeros
 
@@ -212,7 +212,7 @@ def test_xl_without_and_with_a_negative_prompt(saved, tmp_path, zeros):
 def test_other_schedulers_are_read(tmp_path, scheduler):
     peer = diffusers_pipeline("tiny_sd", scheduler + "Scheduler")
     peer.save_pretrained(tmp_path)
-    same_images(Pipeline.from_pretrained(tmp_path), peer_of(tmp_path))
+    assert_same_images(Pipeline.from_pretrained(tmp_path), peer_of(tmp_path))
 
 
 # --------------------------------------------------------------------------------------------------- the layouts
@@ -221,7 +221,7 @@ def test_shards_and_variants(saved, tmp_path, name):
     whole = peer_of(saved(name))
     whole.save_pretrained(tmp_path, max_shard_size="300KB", variant="fp16")
     assert list(tmp_path.glob("unet/*.index.fp16.json")) and len(list(tmp_path.glob("unet/*.safetensors"))) > 2
-    same_images(Pipeline.from_pretrained(tmp_path, variant="fp16"), whole)
+    assert_same_images(Pipeline.from_pretrained(tmp_path, variant="fp16"), whole)
     with pytest.raises(InputError, match=r"unet: no weights; accepted: diffusion_pytorch_model.safetensors or "):
         Pipeline.from_pretrained(tmp_path)
 
@@ -256,7 +256,7 @@ def test_a_pipeline_saved_over_shards_is_what_diffusers_reads(saved, tmp_path):
         "config.json",
         "diffusion_pytorch_model.safetensors",
     ]
-    same_images(pipe, peer_of(tmp_path))
+    assert_same_images(pipe, peer_of(tmp_path))
 
 
 def test_the_autoencoder_of_xl_stays_out_of_half_precision(saved):
@@ -431,9 +431,9 @@ def test_one_file_in_the_original_layout(tmp_path, name):
         mine = getattr(pipe, part).state_dict()
         assert mine.keys() == {key for key in theirs if not key.endswith("position_ids")}
         assert all(torch.equal(tensor, theirs[key]) for key, tensor in mine.items())
-    same_images(pipe, peer)
+    assert_same_images(pipe, peer)
     pipe.save_pretrained(tmp_path / "again")
-    same_images(pipe, peer_of(tmp_path / "again"))
+    assert_same_images(pipe, peer_of(tmp_path / "again"))
 
 
 def test_the_last_layer_of_2_x_is_its_24th(tmp_path):
@@ -525,7 +525,7 @@ def test_historic_names_of_the_autoencoder_s_attention(saved, tmp_path, convolve
     changed(folder / "vae/diffusion_pytorch_model.safetensors", old)
     assert any(".query." in key for key in load_file(folder / "vae/diffusion_pytorch_model.safetensors"))
     # diffusers itself reads the linear form alone
-    same_images(Pipeline.from_pretrained(folder), peer_of(saved("sd1") if convolved else folder))
+    assert_same_images(Pipeline.from_pretrained(folder), peer_of(saved("sd1") if convolved else folder))
 
 
 @pytest.mark.parametrize("prefix", ["", "text_model."])
@@ -535,7 +535,7 @@ def test_text_towers_with_and_without_prefix_and_position_ids(saved, tmp_path, p
     changed(path, lambda key, tensor: [(prefix + key.removeprefix("text_model."), tensor)])
     positions = {prefix + "embeddings.position_ids": torch.arange(77)[None]}
     save_file(load_file(path) | positions, path, {"format": "pt"})
-    same_images(Pipeline.from_pretrained(folder), peer_of(saved("sd1")))
+    assert_same_images(Pipeline.from_pretrained(folder), peer_of(saved("sd1")))
 
 
 def test_tokenizer_json_alone(saved, tmp_path):
@@ -543,7 +543,7 @@ def test_tokenizer_json_alone(saved, tmp_path):
     shutil.rmtree(folder / "tokenizer")
     shutil.copytree(GOLDENS / "tokenizer_json", folder / "tokenizer")
     assert not (folder / "tokenizer/vocab.json").exists()
-    same_images(Pipeline.from_pretrained(folder), peer_of(folder))
+    assert_same_images(Pipeline.from_pretrained(folder), peer_of(folder))
 
 
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}

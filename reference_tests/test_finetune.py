@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comparisons import GOLDENS
+from comparisons import GOLDENS, SMALL_UNET
 
 from minialign import NoiseSchedule, Pipeline, RewardModel, finetune
 from minialign.command import run_command
@@ -22,16 +22,7 @@ from minialign.models.unet import UNet
 from minialign.shapes.task import shapes_task
 from minialign.training import atomic, remove_unfinished
 
-UNET = {
-    "sample_size": 4,
-    "block_out_channels": [8, 8],
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "layers_per_block": 1,
-    "cross_attention_dim": 6,
-    "attention_head_dim": 2,
-    "norm_num_groups": 4,
-}
+UNET = SMALL_UNET | {"sample_size": 4, "norm_num_groups": 4}
 
 
 def test_drawing_by_reward_has_the_expectation_of_weighting_by_it():
@@ -163,7 +154,9 @@ def test_a_finished_run_is_not_done_again(finished, monkeypatch):
     folder, results = finished
     for name in ("draw_to_folder", "label", "learn_reward", "finetune_pipeline", "judge_both"):
         monkeypatch.setattr(finetune, name, None)  # calling it would fail
-    assert small_run(folder) == results
+    card = folder / "model" / "README.md"
+    card.write_text(card.read_text().replace("license: other", "license: mit"))  # its maker fills it in
+    assert small_run(folder) == results and "license: mit" in card.read_text()
     with pytest.raises(InputError, match="was begun with beta=0.03, not 0.5"):
         small_run(folder, beta=0.5)
     assert small_run(folder, checkpoint_every=5)["alignment"] == results["alignment"]  # does not change the result

@@ -5,21 +5,14 @@ import json
 
 import pytest
 import torch
+from comparisons import SMALL_UNET
 from safetensors.torch import load_file, save_file
 
 from minialign.models.lora import adapters, add_lora, load_lora, merge_lora, save_lora, unmerge_lora
 from minialign.models.pretrained import InputError
 from minialign.models.unet import UNet
 
-CONFIG = {
-    "block_out_channels": [8, 16],
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "layers_per_block": 1,
-    "attention_head_dim": 2,
-    "cross_attention_dim": 6,
-    "norm_num_groups": 2,
-}
+CONFIG = SMALL_UNET | {"block_out_channels": [8, 16]}
 X, T, CONTEXT = torch.randn(2, 4, 5, 6), torch.tensor([3, 700]), torch.randn(2, 4, 6)
 
 
@@ -182,7 +175,7 @@ def test_alphas_that_are_none_and_pickles(tmp_path, alpha):
 def test_diffusers_reads_ours_and_we_read_diffusers(tmp_path):
     pytest.importorskip("diffusers")
     peft = pytest.importorskip("peft")
-    from test_checkpoints import diffusers_pipeline, peer_of, same_images
+    from test_checkpoints import assert_same_images, diffusers_pipeline, peer_of
 
     from minialign import Pipeline
 
@@ -197,9 +190,9 @@ def test_diffusers_reads_ours_and_we_read_diffusers(tmp_path):
     save_lora(pipe.unet, tmp_path / "pytorch_lora_weights.safetensors")
     peer.load_lora_weights(tmp_path)
     assert pipe.generate("a dog", steps=2)[0].tobytes() != plain
-    same_images(pipe, peer)
+    assert_same_images(pipe, peer)
     merge_lora(pipe.unet)
-    same_images(pipe, peer)
+    assert_same_images(pipe, peer)
 
     theirs = peer_of(tmp_path / "model")
     projections = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -216,4 +209,4 @@ def test_diffusers_reads_ours_and_we_read_diffusers(tmp_path):
     scales = {layer.scale for name, layer in adapters(unet).items() if name.endswith("attn1.to_q")}
     assert scales == {16.0} and adapters(unet)[f"{LAYER}.to_k"].scale == 1.5
     pipe.unet = unet
-    same_images(pipe, theirs)
+    assert_same_images(pipe, theirs)

@@ -5,19 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from comparisons import check_unet, golden, names
+from comparisons import SMALL_UNET, check_unet, golden, names
 
 from minialign.models.unet import UNet
-
-SMALL = {
-    "block_out_channels": [8, 8],
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "layers_per_block": 1,
-    "attention_head_dim": 2,
-    "cross_attention_dim": 6,
-    "norm_num_groups": 2,
-}
 
 
 @pytest.mark.parametrize("name", names("unet"))
@@ -60,7 +50,7 @@ def test_golden(name):
 )
 def test_refuses_what_is_not_built(key, value):
     with pytest.raises(ValueError, match=rf"UNet2DConditionModel config: {key}\b.*supported: "):
-        UNet(SMALL | {key: value})
+        UNet(SMALL_UNET | {key: value})
 
 
 @pytest.mark.parametrize(
@@ -75,24 +65,24 @@ def test_refuses_what_is_not_built(key, value):
 )
 def test_refuses_a_list_of_another_length(key, value):
     with pytest.raises(ValueError, match=f"{key} has {len(value)} entries for 2 levels"):
-        UNet(SMALL | {key: value})
+        UNet(SMALL_UNET | {key: value})
 
 
 def test_refuses_a_second_conditioning():
     with pytest.raises(ValueError, match="added"):
-        UNet(SMALL)(torch.zeros(1, 4, 4, 4), torch.zeros(1), torch.zeros(1, 3, 6), added=torch.zeros(1))
+        UNet(SMALL_UNET)(torch.zeros(1, 4, 4, 4), torch.zeros(1), torch.zeros(1, 3, 6), added=torch.zeros(1))
 
 
 def test_ignores_private_and_disabled_keys():
     off = {"_class_name": "UNet2DConditionModel", "class_embed_type": None, "class_embeddings_concat": False}
-    assert UNet(SMALL | off).state_dict().keys() == UNet(SMALL).state_dict().keys()
+    assert UNet(SMALL_UNET | off).state_dict().keys() == UNet(SMALL_UNET).state_dict().keys()
 
 
 @pytest.mark.parametrize(("upcast", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
 def test_upcast_attention_is_computed_in_float32(upcast, dtype, monkeypatch):
     seen, attend = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: seen.append(qkv[0].dtype) or attend(*qkv))
-    unet = UNet(SMALL | {"upcast_attention": upcast}).bfloat16()
+    unet = UNet(SMALL_UNET | {"upcast_attention": upcast}).bfloat16()
     latents, context = torch.randn(1, 4, 4, 4).bfloat16(), torch.randn(1, 3, 6).bfloat16()
     assert unet(latents, torch.zeros(1), context).dtype == torch.bfloat16
     assert set(seen) == {dtype}

@@ -305,14 +305,15 @@ class CLIP(CLIPTowers):
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
         **hub: Any,
     ) -> CLIP:
         """Load a CLIPModel folder or hub id (the paper: openai/clip-vit-large-patch14); None is the embedded one.
 
-        `hub`: revision, token, cache_dir, local_files_only, see `resolve`.
+        `hub`: token, cache_dir, local_files_only, see `resolve`.
         """
         patterns = [*FILES, *weights_patterns("", WEIGHTS[1])]
-        folder = EMBEDDED / "clip" if source is None else resolve(source, patterns, **hub)
+        folder = EMBEDDED / "clip" if source is None else resolve(source, patterns, revision=revision, **hub)
         if folder.is_file():
             raise InputError(f"{source}: a file; accepted: a folder that transformers writes, or a hub id")
         clip = load_network(cls, folder, WEIGHTS[1], device=device, dtype=dtype)

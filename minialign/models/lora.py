@@ -118,9 +118,9 @@ def load_lora(unet: nn.Module, path: str | Path) -> None:
         halves.setdefault(match["layer"], {})[half] = tensor
     if not halves:
         raise InputError(f"{path}: has no adapters")
-    settings, found = _settings(path), {}
+    settings, modules, found = _settings(path), dict(unet.named_modules()), {}
     for name, pair in halves.items():
-        layer = dict(unet.named_modules()).get(name)
+        layer = modules.get(name)
         if not isinstance(layer, nn.Linear):
             raise InputError(f"{path}: {name} is not a linear layer of this UNet")
         if pair.keys() != {"A", "B"}:

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .clip import TextEncoder
+
 Weights = dict[str, Tensor]
 Part = tuple[dict[str, Any], Weights]  # config and weights
 
@@ -20,14 +22,6 @@ CLIP_TOWER, OPENCLIP_TOWER = "cond_stage_model.transformer.", "cond_stage_model.
 XL_TOWERS = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 
 # Rules apply in order to a key without its prefix; those of blocks that are numbered through are in `_unet`.
-RESNET = [
-    (r"in_layers\.0", "norm1"),
-    (r"in_layers\.2", "conv1"),
-    (r"emb_layers\.1", "time_emb_proj"),
-    (r"out_layers\.0", "norm2"),
-    (r"out_layers\.3", "conv2"),
-    (r"skip_connection", "conv_shortcut"),
-]
 UNET_RULES = [
     (r"^time_embed\.0", "time_embedding.linear_1"),
     (r"^time_embed\.2", "time_embedding.linear_2"),
@@ -39,15 +33,17 @@ UNET_RULES = [
     (r"^middle_block\.2", "mid_block.resnets.1"),
     (r"^out\.0", "conv_norm_out"),
     (r"^out\.2", "conv_out"),
-    *RESNET,
+    (r"in_layers\.0", "norm1"),
+    (r"in_layers\.2", "conv1"),
+    (r"emb_layers\.1", "time_emb_proj"),
+    (r"out_layers\.0", "norm2"),
+    (r"out_layers\.3", "conv2"),
+    (r"skip_connection", "conv_shortcut"),
 ]
 VAE_RULES = [
     (r"^encoder\.down\.(\d+)\.block", r"encoder.down_blocks.\1.resnets"),
     (r"^encoder\.down\.(\d+)\.downsample", r"encoder.down_blocks.\1.downsamplers.0"),
-    (
-        r"^decoder\.up\.(\d+)\.block",
-        r"decoder.up_blocks.\1.resnets",
-    ),  # the level is counted from the other end, see _vae
+    (r"^decoder\.up\.(\d+)\.block", r"decoder.up_blocks.\1.resnets"),  # counted from the other end, see `_vae`
     (r"^decoder\.up\.(\d+)\.upsample", r"decoder.up_blocks.\1.upsamplers.0"),
     (r"mid\.block_1", "mid_block.resnets.0"),
     (r"mid\.block_2", "mid_block.resnets.1"),
@@ -130,9 +126,7 @@ def _unet(weights: Weights) -> Part:
     down = {int(key.split(".")[1]) for key in weights if key.startswith("input_blocks.") and key.endswith("op.weight")}
     layers, levels = min(down) - 1, len(down) + 1
     if not 0 < layers * levels <= len(weights):
-        raise LookupError(
-            f"blocks of other numbers than Stable Diffusion's ({min(down)} before the first change of size)"
-        )
+        raise LookupError(f"{layers} layers in each of {levels} levels")
     names = {}
     for i in range(levels):
         for j in range(layers):
@@ -166,9 +160,7 @@ def _unet(weights: Weights) -> Part:
         "transformer_layers_per_block": [*(n or 1 for n in blocks[:-1]), middle],
         "cross_attention_dim": renamed[first + "transformer_blocks.0.attn2.to_k.weight"].shape[1],
         "use_linear_projection": linear,
-        "attention_head_dim": [max(1, width // 64) for width in widths]
-        if linear
-        else 8,  # heads; of 64 channels from 2.x on
+        "attention_head_dim": [max(1, width // 64) for width in widths] if linear else 8,  # heads, in 2.x of 64
         "sample_size": 64,
     }
     if "add_embedding.linear_1.weight" in renamed:
@@ -201,7 +193,7 @@ def _vae(weights: Weights) -> Part:
 
 
 def _clip(weights: Weights) -> Part:
-    weights = {key if key.startswith("text_model.") else "text_model." + key: t for key, t in weights.items()}
+    weights = {TextEncoder.current_key(key): tensor for key, tensor in weights.items()}
     return _text_config(weights, "quick_gelu"), weights
 
 
@@ -218,9 +210,8 @@ def _openclip(weights: Weights, whole: bool) -> Part:
             renamed[key] = tensor
     config = {"projection_dim": renamed["text_projection.weight"].shape[0]} if whole else {}
     if not whole:
-        renamed = {
-            k: t for k, t in renamed.items() if not k.startswith(("text_model.encoder.layers.23.", "text_projection"))
-        }
+        unused = "text_model.encoder.layers.23.", "text_projection."
+        renamed = {key: tensor for key, tensor in renamed.items() if not key.startswith(unused)}
     return _text_config(renamed, "gelu") | config, renamed
 
 

@@ -137,7 +137,8 @@ def load_network(
     weights: dict[str, Tensor] = {}
     for path in files:
         weights |= read_weights(path)
-    return build_network(build, config, weights, config_path, files[0], device=device, dtype=dtype)
+    place = files[0] if len(files) == 1 else folder
+    return build_network(build, config, weights, config_path, place, device=device, dtype=dtype)
 
 
 def build_network(

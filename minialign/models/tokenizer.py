@@ -80,9 +80,8 @@ class Tokenizer:
         if any(type(i) is not int or i < 0 for i in vocab.values()):
             raise ValueError("tokenizer: vocab.json has an id that is not a number from 0 on")
         self.start, self.end, self.pad = vocab[START], vocab[END], vocab[pad]
-        self._special = re.compile(
-            "(" + "|".join(map(re.escape, sorted({START, END, pad, *added}, key=len, reverse=True))) + ")"
-        )
+        special = sorted({START, END, pad, *added}, key=len, reverse=True)  # the longest first
+        self._special = re.compile("(" + "|".join(map(re.escape, special)) + ")")
         self._ranks = {pair: rank for rank, pair in enumerate(merges)}
         self._bytes = byte_characters()
         self._cache: dict[str, list[int]] = {}
@@ -101,9 +100,9 @@ class Tokenizer:
         config |= settings or {}
         path = folder / "added_tokens.json"
         try:
+            added = dict(config.get("added_tokens_decoder") or {})
             if path.exists():
-                named = {str(i): {"content": token} for token, i in read_json(path).items()}
-                config["added_tokens_decoder"] = (config.get("added_tokens_decoder") or {}) | named
+                added |= {str(i): {"content": token} for token, i in read_json(path).items()}
             if (folder / "vocab.json").exists():
                 vocab = read_json(folder / "vocab.json")
                 lines = read_bytes(folder / "merges.txt").decode("utf-8").split("\n")
@@ -111,9 +110,9 @@ class Tokenizer:
             else:  # what transformers writes since version 5
                 whole = read_json(folder / "tokenizer.json")
                 vocab = whole["model"]["vocab"]
-                config["added_tokens_decoder"] = {str(token["id"]): token for token in whole["added_tokens"]}
+                added |= {str(token["id"]): token for token in whole["added_tokens"]}
                 pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in whole["model"]["merges"]]
-            return cls(vocab, [(a, b) for a, b in pairs], config)
+            return cls(vocab, [(a, b) for a, b in pairs], config | ({"added_tokens_decoder": added} if added else {}))
         except InputError:
             raise
         except MALFORMED as error:
