@@ -46,7 +46,7 @@ class _WeightedSquaredError(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-        difference = (prediction.float() - target.float()).flatten(1)
+        difference = (prediction.float() - target).float().flatten(1)
         ctx.save_for_backward(difference, weight)
         ctx.like = prediction.shape, prediction.dtype
         # a norm needs no copy of the squares, and autocast leaves it in float32 where a matrix product would not stay

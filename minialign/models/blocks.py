@@ -7,11 +7,13 @@ D width of the text context.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 MOST = 1024  # heads or layers
 
@@ -105,6 +107,23 @@ class TimestepMLP(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+def recomputed(function: Callable[[Tensor], Any], x: Tensor) -> Any:
+    """function(x), of which only x is kept: the backward pass computes what lies between once more (Chen et al. 2016).
+
+    The last operation of `function` is not repeated, as only its inputs are missing. So elementwise operations ahead
+    of a convolution or a matrix product take no memory, for little time.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler weighs for itself what to keep
+        return function(x)
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+
+
+def norm_silu_conv(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
+    """conv(SiLU(norm(x))) that keeps only x for the backward pass, and without one works in the norm's memory."""
+    inplace = not torch.is_grad_enabled()
+    return recomputed(lambda x: conv(F.silu(norm(x), inplace=inplace)), x)
+
+
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions with group norm and SiLU, the time embedding added between: (B,C,h,w) -> (B,C',h,w)."""
 
@@ -120,15 +139,19 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = norm_silu_conv(x, self.norm1, self.conv1)
         if time is not None:
-            h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+            h += self.time_emb_proj(F.silu(time))[:, :, None, None]  # a convolution does not keep what it returns
+        h = norm_silu_conv(h, self.norm2, self.conv2)
+        h += self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
+        return h
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x (B,N,C) to context (B,L,D), or to itself: (B,N,C)."""
+    """Multi-head attention of norm(x) (B,N,C) to context (B,L,D), or to itself: (B,N,C).
+
+    The backward pass computes the norm again, and for self-attention two of the three projections.
+    """
 
     def __init__(
         self, channels: int, heads: int, context: int | None = None, *, bias: bool = False, upcast: bool = False
@@ -140,12 +163,17 @@ class Attention(nn.Module):
         self.to_v = Linear(context or channels, channels, bias=bias)
         self.to_out = nn.ModuleList([Linear(channels, channels)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        q, k, v = (
-            linear(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for linear, tokens in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
-        )
+    def forward(self, x: Tensor, context: Tensor | None = None, norm: nn.Module | None = None) -> Tensor:
+        own = [self.to_q, self.to_k, self.to_v] if context is None else [self.to_q]
+
+        def project(x: Tensor) -> list[Tensor]:
+            x = x if norm is None else norm(x)
+            return [linear(x) for linear in own]
+
+        projected = project(x) if norm is None else recomputed(project, x)
+        if context is not None:
+            projected += [self.to_k(context), self.to_v(context)]
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in projected)
         if self.upcast:  # SD 2.1 overflows in float16 without it
             q, k, v = q.float(), k.float(), v.float()
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -159,19 +187,25 @@ class GEGLU(nn.Module):
         super().__init__()
         self.proj = Linear(channels, 2 * out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden, gate = self.proj(x).chunk(2, dim=-1)
+    @staticmethod
+    def gate(x: Tensor) -> Tensor:
+        """(B,N,2C) -> (B,N,C)"""
+        hidden, gate = x.chunk(2, dim=-1)
         return hidden * F.gelu(gate)
 
 
 class FeedForward(nn.Module):
+    """Gated feed-forward of norm(x) (B,N,C), whose norm and gate the backward pass computes again."""
+
     def __init__(self, channels: int):
         super().__init__()
         # the gap at index 1 is diffusers' dropout, which has no weights
         self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
+        geglu, _, last = self.net
+        hidden = recomputed(lambda x: geglu.proj(norm(x)), x)  # type: ignore[operator, union-attr]
+        return recomputed(lambda h: last(geglu.gate(h)), hidden)  # type: ignore[operator, union-attr]
 
 
 class TransformerBlock(nn.Module):
@@ -187,9 +221,9 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        x = self.attn1(x, norm=self.norm1).add_(x)
+        x = self.attn2(x, context, self.norm2).add_(x)
+        return self.ff(x, self.norm3).add_(x)
 
 
 class Transformer2D(nn.Module):
@@ -209,12 +243,12 @@ class Transformer2D(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         size = x.shape[-2:]
-        h = self.norm(x)
+        h = self.norm(x).contiguous(memory_format=torch.channels_last)  # whose tokens are contiguous
         h = self.proj_in(tokens(h)) if self.linear else tokens(self.proj_in(h))
         for block in self.transformer_blocks:
             h = block(h, context)
         h = pixels(self.proj_out(h), size) if self.linear else self.proj_out(pixels(h, size))
-        return h + x
+        return x + h  # in the memory format of x
 
 
 def tokens(x: Tensor) -> Tensor:
@@ -242,13 +276,24 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour enlargement to `size` (default: doubled), then a 3x3 convolution."""
+    """Nearest-neighbour enlargement to `size` (default: doubled), then a 3x3 convolution.
+
+    Doubled, both are one transposed convolution of stride 2 whose 4x4 kernel is the 3x3 one under a 2x2 box: 16
+    products for every pixel of x where the enlarged image takes 36, and no enlarged image.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: torch.Size | None = None) -> Tensor:
-        if size is None:
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))
+        if size is not None and tuple(size) != (2 * x.shape[2], 2 * x.shape[3]):
+            return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))
+        return recomputed(self._doubled, x)  # or the kernel, larger than the weights, would be kept
+
+    def _doubled(self, x: Tensor) -> Tensor:
+        weight = self.conv.weight
+        taps = torch.eye(9, dtype=weight.dtype, device=weight.device).view(9, 1, 3, 3)
+        boxes = F.avg_pool2d(taps.flip(2, 3), 2, stride=1, padding=1, divisor_override=1).flatten(1)  # (9,16)
+        kernel = (weight.flatten(2) @ boxes).unflatten(2, (4, 4)).transpose(0, 1)
+        return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import (
@@ -18,6 +17,7 @@ from .blocks import (
     TimestepMLP,
     Transformer2D,
     Upsample,
+    norm_silu_conv,
     per_level,
     read_config,
     timestep_embedding,
@@ -221,7 +221,7 @@ class UNet(nn.Module):
                 x = stage.layer(i, torch.cat([x, skips.pop()], dim=1), time, context)
             if hasattr(stage, "upsamplers"):
                 x = stage.upsamplers[0](x, skips[-1].shape[-2:])
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return norm_silu_conv(x, self.conv_norm_out, self.conv_out)
 
 
 def _depths(c: dict[str, Any], layers: list[int]) -> tuple[list[list[int]], list[list[int]]]:

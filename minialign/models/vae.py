@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from .blocks import (
@@ -16,6 +17,7 @@ from .blocks import (
     ResnetBlock,
     Upsample,
     count,
+    norm_silu_conv,
     per_level,
     pixels,
     read_config,
@@ -23,6 +25,7 @@ from .blocks import (
 )
 
 EPS = 1e-6  # of every group norm in this network
+SLICE = 2**16  # pixels of the images that go through at once: one of 256 px kept two cores busy, more only take memory
 
 SETTINGS: dict[str, Any] = {
     "in_channels": 3,
@@ -50,7 +53,7 @@ class VAEAttention(Attention):
         super().__init__(channels, 1, bias=True)
         self.group_norm = GroupNorm(groups, channels, EPS)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # it attends to itself alone
         return x + pixels(super().forward(tokens(self.group_norm(x))), x.shape[-2:])
 
 
@@ -80,11 +83,10 @@ class Stage(nn.Module):
         elif not last:
             self.upsamplers = nn.ModuleList([Upsample(out_channels)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.children():
-            for layer in block:  # type: ignore[attr-defined]  # every child is a ModuleList
-                x = layer(x)
-        return x
+
+def layers(stages: nn.ModuleList) -> Iterator[nn.Module]:
+    """The layers of all stages in order; one loop over them lets go of each map as soon as the next one is there."""
+    return (layer for stage in stages for part in stage.children() for layer in part)  # type: ignore[attr-defined]
 
 
 class Encoder(nn.Module):
@@ -103,10 +105,10 @@ class Encoder(nn.Module):
         self.conv_out = Conv2d(widths[-1], 2 * c["latent_channels"], 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))  # the faster layout for maps this large
+        for layer in layers(self.down_blocks):
+            x = layer(x)
+        return norm_silu_conv(self.mid_block(x), self.conv_norm_out, self.conv_out)
 
 
 class Decoder(nn.Module):
@@ -125,10 +127,10 @@ class Decoder(nn.Module):
         self.conv_out = Conv2d(widths[-1], c["out_channels"], 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        z = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            z = block(z)
-        return self.conv_out(F.silu(self.conv_norm_out(z)))
+        z = self.mid_block(self.conv_in(z.contiguous(memory_format=torch.channels_last)))
+        for layer in layers(self.up_blocks):
+            z = layer(z)
+        return norm_silu_conv(z, self.conv_norm_out, self.conv_out)
 
 
 class VAE(nn.Module):
@@ -170,7 +172,7 @@ class VAE(nn.Module):
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance, each (B,C,h,w), of the Gaussian over latents; not scaled."""
-        moments = self.encoder(images)
+        moments = torch.cat([self.encoder(part) for part in images.split(slice_size(images, 1))])
         if hasattr(self, "quant_conv"):
             moments = self.quant_conv(moments)
         mean, logvar = moments.chunk(2, dim=1)
@@ -180,4 +182,9 @@ class VAE(nn.Module):
         """Images (B,3,H,W), about [-1,1], of unscaled latents."""
         if hasattr(self, "post_quant_conv"):
             latents = self.post_quant_conv(latents)
-        return self.decoder(latents)
+        return torch.cat([self.decoder(part) for part in latents.split(slice_size(latents, self.factor))])
+
+
+def slice_size(x: Tensor, factor: int) -> int:
+    """How many images go through the network at once: x (B,C,h,w) at 1/factor of their size."""
+    return max(1, SLICE // (x.shape[2] * x.shape[3] * factor**2))

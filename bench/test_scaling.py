@@ -1,0 +1,120 @@
+"""How cost grows with batch, latent size, images in the store and processes: pytest bench/test_scaling.py"""
+
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+import torch
+from pairs import UNET, unet
+
+from minialign.feedback import FeedbackStore
+
+
+def seconds(call, rounds=3):
+    call()
+    times = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def step(network, *given):
+    out = network(*given)
+    getattr(out, "sample", out).square().mean().backward()
+
+
+def keep(benchmark, title, unit, points):
+    """points: x -> {line: seconds}."""
+    lines = {name: [point[name] for point in points.values()] for name in next(iter(points.values()))}
+    benchmark.extra_info |= {"sweep": title, "unit": unit, "x": list(points), "lines": lines}
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+@pytest.mark.parametrize("what", ["batch", "latent size"])
+def test_unet_step(benchmark, what):
+    diffusers = pytest.importorskip("diffusers")
+    ours, theirs = unet(), diffusers.UNet2DConditionModel(**UNET)
+    points = {}
+    for x in (1, 2, 4, 8) if what == "batch" else (16, 32, 48, 64):
+        batch, size = (x, 32) if what == "batch" else (1, x)
+        latents, t, context = torch.randn(batch, 4, size, size), torch.full((batch,), 500), torch.randn(batch, 77, 768)
+        points[x if what == "batch" else x * x] = {
+            "minialign": seconds(partial(step, ours, latents, t, context)),
+            "diffusers": seconds(partial(step, theirs, latents, t, context)),
+        }
+    unit = "images in the batch" if what == "batch" else "pixels of the latents, one image"
+    keep(benchmark, f"UNet forward + backward by {what}", unit, points)
+
+
+def test_store(benchmark, tmp_path):
+    points = {}
+    for number in (1_000, 10_000, 100_000):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        store = FeedbackStore(folder)
+        begin = time.perf_counter()
+        store.add_images((f"prompt {i // 3}", f"images/{i:06d}.png", i) for i in range(number))
+        added = time.perf_counter() - begin
+        begin = time.perf_counter()
+        store.add_labels("somebody", ((i + 1, ("good", "bad", "skip")[i % 3]) for i in range(number)))
+        labelled = time.perf_counter() - begin
+        opened = seconds(lambda store=store: (store.images(), store.labels()))
+        points[number] = {"add all images": added, "add a label each": labelled, "open images and labels": opened}
+        store.close()
+    keep(benchmark, "the feedback store by images", "images in the store", points)
+
+
+WORKER = """
+import os, time, torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from pairs import unet
+from minialign import reward_weighted_loss
+torch.set_num_threads(1)
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+dist.init_process_group("gloo")
+network = DistributedDataParallel(unet())
+optimizer = torch.optim.AdamW(network.parameters(), 1e-5, fused=True)
+batch = 4 // world
+latents, context, t = torch.randn(batch, 4, 32, 32), torch.randn(batch, 77, 768), torch.full((batch,), 500)
+times = []
+for _ in range(5):
+    dist.barrier()
+    begin = time.perf_counter()
+    reward_weighted_loss(network(latents, t, context), latents, torch.ones(batch)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    dist.barrier()
+    times.append(time.perf_counter() - begin)
+if rank == 0:
+    print(sorted(times[1:])[2])
+dist.destroy_process_group()
+"""
+
+
+def test_processes(benchmark):
+    """A whole step of a global batch of 4, one thread a process, gradients averaged by gloo."""
+    points = {}
+    for world in (1, 2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
+        here = os.path.dirname(__file__)
+        workers = [
+            subprocess.Popen(
+                [sys.executable, "-c", WORKER], env=common | {"RANK": str(rank)}, cwd=here, stdout=subprocess.PIPE
+            )
+            for rank in range(world)
+        ]
+        printed = [worker.communicate(timeout=300)[0] for worker in workers]
+        assert all(worker.returncode == 0 for worker in workers)
+        points[world] = {"minialign": float(printed[0])}
+    keep(benchmark, "a fine-tuning step by processes", "processes, one thread each", points)
