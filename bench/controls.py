@@ -40,7 +40,8 @@ def main() -> None:
     images = FeedbackStore(run).images()
     pictures = [Image.open(image.path).convert("RGB") for image in images]
     prompts = [image.prompt for image in images]
-    reward = read_weights(run / "cache" / "reward.safetensors")["reward"]
+    scored = read_weights(run / "cache" / "reward.safetensors")
+    reward = scored["reward"]
     verdicts = task.judge(pictures, prompts)
     aligned = torch.tensor([verdict == "good" for verdict in verdicts])
     clip, judge = CLIP.from_pretrained(), RewardModel.from_pretrained(run / "reward")
@@ -52,9 +53,9 @@ def main() -> None:
         predicted = weight[aligned].sum() / weight.sum()
         folder = run / "controls" / name.split(" (")[0].replace(" ", "")
         shutil.rmtree(folder, ignore_errors=True)  # or its checkpoints would be gone on with
-        write_tensors(folder / "cache" / "reward.safetensors", {"reward": weight})
+        write_tensors(folder / "cache" / "reward.safetensors", scored | {"reward": weight})
         pipe = Pipeline.from_pretrained()
-        finetune_pipeline(pipe, task, pictures, prompts, settings, folder, lambda row: None)
+        finetune_pipeline(pipe, task, pictures, prompts, settings | {"weighting": "reward"}, folder, lambda row: None)
         judged = judge_both(Pipeline.from_pretrained(), pipe, task, clip, judge, sampling, folder)
         row = [name, f"{predicted:.1%}"]
         for group in ("overall", "seen"):

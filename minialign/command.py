@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import math
+import sqlite3
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from .models.pretrained import InputError
+from safetensors import SafetensorError
+
+from .models.pretrained import InputError, first_line
+from .training import Terminated
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+GO_ON = "the same command (without --fresh) goes on from the last checkpoint"
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,7 +51,15 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (OSError, SafetensorError, sqlite3.OperationalError) as error:  # of writing: reading raises InputError
+        if isinstance(error, OSError) and error.errno not in NO_SPACE:
+            raise
+        print(f"error: cannot be written: {first_line(error)}; once there is space, {GO_ON}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command (without --fresh) goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        print(f"\ninterrupted: {GO_ON}", file=sys.stderr)
+        sys.exit(130)  # 128 + the signal's number, as shells say it
+    except Terminated as error:
+        print(f"\n{error}: {GO_ON}", file=sys.stderr)
+        sys.exit(143)
     sys.exit(0)

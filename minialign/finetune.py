@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -42,6 +43,8 @@ from .reward import RewardModel, learn_reward
 from .shapes.task import shapes_task
 from .task import LAST_SEED, Task, own_task
 from .training import (
+    Stop,
+    Terminated,
     atomic,
     generator,
     learning_rate,
@@ -56,7 +59,9 @@ EMBEDDED_DEFAULTS: dict[str, Any] = {  # how they were chosen: docs/results.md
     "steps": 400,
     "beta": 0.03,
     "batch_size": 64,
+    "pretrain_share": 0.125,  # of a batch's rows; each term is averaged over its own, so this changes noise alone
     "learning_rate": 1e-3,
+    "dtype": "float32",
     "sampling_steps": 10,
     "guidance": 3.0,
     "images": 2560,
@@ -72,7 +77,9 @@ OWN_DEFAULTS: dict[str, Any] = {  # the paper's learning rate, beta and reward; 
     "steps": 2000,
     "beta": 1.0,
     "batch_size": 8,
+    "pretrain_share": 0.125,
     "learning_rate": 1e-5,
+    "dtype": "float32",
     "sampling_steps": 30,
     "guidance": 7.5,
     "test_images": 64,
@@ -81,8 +88,22 @@ OWN_DEFAULTS: dict[str, Any] = {  # the paper's learning rate, beta and reward; 
     "reward_steps": 1000,
     "out": "runs/own",
 }
+RECIPES: dict[str, dict[str, Any]] = {  # Lee et al. 2023, appendix: half the batch is pre-training pairs
+    "paper": {
+        "steps": 10_000,
+        "beta": 1.0,
+        "batch_size": 512,
+        "pretrain_share": 0.5,
+        "learning_rate": 1e-5,
+        "guidance": 7.5,
+        "hidden": 1024,
+        "temperature": 2.0,
+        "dtype": "bfloat16",  # the paper says half precision
+    }
+}
+DRAWN_AT_ONCE = 64  # images at most, however large the batch of fine-tuning is
+NOT_SETTINGS = ("out", "fresh", "device", "recipe")  # flags that are no settings of a run
 OWN_CLIP = "openai/clip-vit-large-patch14"  # the paper's
-PRETRAIN_SHARE = 0.125  # of a batch's rows; each term is averaged over its own rows, so this changes noise alone
 PROMPT_DROPOUT = 0.1  # of the prompts are left out, so that guidance keeps its unconditional model
 
 
@@ -100,7 +121,7 @@ def finetune(
     schedule: NoiseSchedule,
     context: Context,
     model_images: Latents,
-    reward: Tensor,
+    weight: Tensor,
     pretrain_images: Latents | None,
     folder: Path,
     *,
@@ -108,6 +129,7 @@ def finetune(
     beta: float,
     batch_size: int,
     peak_learning_rate: float,
+    pretrain_share: float = 0.125,
     dtype: torch.dtype = torch.float32,
     checkpoint_every: int = 100,
     seed: int = 0,
@@ -115,63 +137,118 @@ def finetune(
 ) -> None:
     """Fine-tune `unet` in place by the reward-weighted loss, resuming from the newest checkpoint in `folder`.
 
-    context: of P prompts and, as last row, of none: (P+1,L,D), and SDXL's second conditioning. reward (N,): r of each
-    model image. Model images are drawn in proportion to r and weigh the mean of r, which has the expectation of
-    weighting uniform draws by r and spends no UNet call on images that weigh nothing. Every step depends on
-    (seed, step) alone, so that a resumed run repeats an uninterrupted one bit by bit.
+    context: of P prompts and, as last row, of none: (P+1,L,D), and SDXL's second conditioning. weight (N,): of each
+    model image, r in the paper. Model images are drawn in proportion to it (`draw_by_weight`), which has the
+    expectation of weighting uniform draws and spends no UNet call on images that weigh nothing. Every step depends on
+    (seed, step) alone, so that a resumed run repeats an uninterrupted one bit by bit. SIGTERM ends the step, saves and
+    raises Terminated.
     """
     device = context[0].device
     optimizer = torch.optim.AdamW(unet.parameters(), peak_learning_rate, weight_decay=1e-2, fused=True)
     first = load_checkpoint(folder, unet, optimizer)
     finite = torch.tensor(True, device=device)
-    pretrain_rows = max(1, round(PRETRAIN_SHARE * batch_size)) if beta > 0 and pretrain_images is not None else 0
+    pretrain_rows = max(1, round(pretrain_share * batch_size)) if beta > 0 and pretrain_images is not None else 0
     is_pretrain = torch.arange(batch_size, device=device) >= batch_size - pretrain_rows
     unet.train()
-    for step in progress(range(first, steps), "fine-tune", steps, first):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak_learning_rate, warmup=min(20, steps))
-        g = generator(seed, 5, step)
-        chosen, weight = draw_by_reward(reward, batch_size - pretrain_rows, g)
-        x0, rows = _sample(model_images, chosen, g)
-        if pretrain_images is not None and pretrain_rows:
-            others = torch.randint(len(pretrain_images.row), (pretrain_rows,), generator=g)
-            more, more_rows = _sample(pretrain_images, others.to(device), g)
-            x0, rows = torch.cat([x0, more]), torch.cat([rows, more_rows])
-        rows[torch.rand(batch_size, generator=g).to(device) < PROMPT_DROPOUT] = len(context[0]) - 1
-        noise = torch.randn(x0.shape, generator=g).to(device)
-        t = stratified_timesteps(len(schedule.alphas_cumprod), batch_size, g).to(device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            prediction = unet(schedule.add_noise(x0, noise, t), t, *(part[rows] for part in context))
-            target = schedule.target(x0, noise, t)
-            loss = reward_weighted_loss(prediction, target, weight.expand(batch_size), is_pretrain, beta)
-        loss.backward()
-        finite &= nn.utils.clip_grad_norm_(unet.parameters(), 1.0).isfinite()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        save = (step + 1) % checkpoint_every == 0 or step + 1 == steps
-        if (step + 1) % 10 == 0 or save:  # reading from the device waits for it: not at every step
-            if not finite:
-                raise InputError(
-                    f"step {step + 1}: the gradient is not finite (loss {loss:.3g}); no such weights are kept"
+    with Stop() as stop:
+        for step in progress(range(first, steps), "fine-tune", steps, first):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, peak_learning_rate, warmup=min(20, steps))
+            g = generator(seed, 5, step)
+            chosen, factor = draw_by_weight(weight, batch_size - pretrain_rows, g)
+            x0, rows = _sample(model_images, chosen.to(device), g)
+            if pretrain_images is not None and pretrain_rows:
+                others = torch.randint(len(pretrain_images.row), (pretrain_rows,), generator=g)
+                more, more_rows = _sample(pretrain_images, others.to(device), g)
+                x0, rows = torch.cat([x0, more]), torch.cat([rows, more_rows])
+            rows[torch.rand(batch_size, generator=g).to(device) < PROMPT_DROPOUT] = len(context[0]) - 1
+            noise = torch.randn(x0.shape, generator=g).to(device)
+            t = stratified_timesteps(len(schedule.alphas_cumprod), batch_size, g).to(device)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                prediction = unet(schedule.add_noise(x0, noise, t), t, *(part[rows] for part in context))
+                target = schedule.target(x0, noise, t)
+                loss = reward_weighted_loss(
+                    prediction, target, F.pad(factor.to(device), (0, pretrain_rows)), is_pretrain, beta
                 )
-            row = {"step": step + 1, "loss": loss.item(), "learning_rate": optimizer.param_groups[0]["lr"]}
-            errors = (prediction.detach().float() - target).square().flatten(1).mean(1)
-            row["model_loss"] = errors[~is_pretrain].mean().item()
-            if pretrain_rows:
-                row["pretrain_loss"] = errors[is_pretrain].mean().item()
-            log(row)
-        if save:
-            save_checkpoint(folder, step + 1, unet, optimizer)
+            loss.backward()
+            finite &= nn.utils.clip_grad_norm_(unet.parameters(), 1.0).isfinite()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            save = (step + 1) % checkpoint_every == 0 or step + 1 == steps or stop.asked
+            if (step + 1) % 10 == 0 or save:  # reading from the device waits for it: not at every step
+                if not finite:
+                    raise InputError(
+                        f"step {step + 1}: the gradient is not finite (loss {loss:.3g}); no such weights are kept"
+                    )
+                row = {"step": step + 1, "loss": loss.item(), "learning_rate": optimizer.param_groups[0]["lr"]}
+                errors = (prediction.detach().float() - target).square().flatten(1).mean(1)
+                row["model_loss"] = errors[~is_pretrain].mean().item()
+                if pretrain_rows:
+                    row["pretrain_loss"] = errors[is_pretrain].mean().item()
+                log(row)
+            if save:
+                save_checkpoint(folder, step + 1, unet, optimizer)
+            if stop.asked and save:
+                raise Terminated(f"SIGTERM at step {step + 1}, which is saved")
+        if stop.asked:
+            raise Terminated(f"SIGTERM at step {steps}, which is saved")
     unet.eval()
 
 
-def draw_by_reward(reward: Tensor, number: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`number` row numbers drawn in proportion to reward (N,), and the weight () of each: the mean reward.
+def draw_by_weight(weight: Tensor, number: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """`number` row numbers drawn in proportion to |weight| (N,), and the factor of each: its sign, times mean |weight|.
 
-    The expectation is that of weighting uniform draws by their reward: sum_i (r_i / sum r) mean(r) f_i = mean(r f).
+    weight is on the CPU, so that drawing waits for no device.
+
+    The expectation is that of weighting uniform draws: sum_i |w_i| / sum |w| * sign(w_i) mean |w| f_i = mean(w f).
     """
-    chosen = torch.multinomial(reward.cpu().double(), number, replacement=True, generator=g)
-    return chosen.to(reward.device), reward.mean()
+    size = weight.abs()
+    chosen = torch.multinomial(size.double(), number, replacement=True, generator=g)
+    return chosen, size.mean() * weight[chosen].sign()
+
+
+def _advantage(reward: Tensor, prompts: Sequence[str]) -> Tensor:
+    """(r - mean) / std among the images of one prompt, (N,); 0 for an only one."""
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    group = torch.tensor([number[prompt] for prompt in prompts], device=reward.device)
+
+    def mean(values: Tensor) -> Tensor:
+        sums = values.new_zeros(len(number)).index_add(0, group, values)
+        return (sums / group.bincount(minlength=len(number)))[group]
+
+    centred = reward - mean(reward)
+    return centred / (mean(centred.square()).sqrt() + 1e-4)
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """What a model image weighs: weight(reward (N,), contrast (N,K), prompts, tau) -> (N,).
+
+    `contrast` are the rewards of each image for prompts of other semantics than its own, there for textnorm alone.
+    """
+
+    tau: float  # the default
+    weight: Callable[[Tensor, Tensor, Sequence[str], float], Tensor]
+    about: str
+
+
+WEIGHTINGS = {
+    "reward": Weighting(1, lambda r, c, z, tau: r, "r, the paper's"),
+    "threshold": Weighting(0.5, lambda r, c, z, tau: (r > tau).float(), "1 where r > tau, rejection sampling"),
+    "exponential": Weighting(
+        0.2, lambda r, c, z, tau: ((r - 1) / tau).exp(), "exp((r - 1) / tau), Peters & Schaal 2007"
+    ),
+    "textnorm": Weighting(
+        0.1,
+        lambda r, c, z, tau: torch.cat([r[:, None], c], dim=1).div(tau).softmax(dim=1)[:, 0],
+        "r among contrastive prompts, softmax at tau, Kim et al. 2024",
+    ),
+    "advantage": Weighting(
+        5,
+        lambda r, c, z, tau: _advantage(r, z).clamp(-tau, tau),
+        "r against the prompt's other images, signed, clipped to tau, Advantage Weighted Matching 2025",
+    ),
+}
 
 
 def stratified_timesteps(total: int, number: int, g: torch.Generator) -> Tensor:
@@ -254,7 +331,11 @@ def run(
 def run_stages(job: Run, pipe: Pipeline, clip: CLIP, task: Task, settings: dict[str, Any]) -> dict[str, Any]:
     """All stages, each skipped where it is done; the content of results.json."""
     folder, device = job.folder, pipe.device
-    sampling = {"steps": settings["sampling_steps"], "guidance": settings["guidance"], "batch": settings["batch_size"]}
+    sampling = {
+        "steps": settings["sampling_steps"],
+        "guidance": settings["guidance"],
+        "batch": min(settings["batch_size"], DRAWN_AT_ONCE),
+    }
     store = FeedbackStore(folder)
     try:
         with job.stage("generate", _why_generate(task)) as todo:
@@ -277,7 +358,7 @@ def run_stages(job: Run, pipe: Pipeline, clip: CLIP, task: Task, settings: dict[
             known = {i: labels[image.id] for i, image in enumerate(images) if image.id in labels}
             learn_reward(task.contrastive, clip, pictures, prompts, known, settings, folder, job.log("reward"))
     reward = RewardModel.from_pretrained(folder / "reward", device=device)
-    with job.stage("finetune", "the UNet learns its own images again, each weighted by its reward") as todo:
+    with job.stage("finetune", "the UNet learns its own images again, the better ones more") as todo:
         if todo:
             finetune_pipeline(pipe, task, pictures, prompts, settings, folder, job.log("finetune"))
     with job.stage("evaluate", _why_evaluate(task)) as todo:
@@ -374,6 +455,12 @@ def finetune_pipeline(
     log: Callable[[dict[str, Any]], None],
 ) -> None:
     """Encode images and prompts once, fine-tune, and write the pipeline to `folder`/model."""
+    scored = read_weights(folder / "cache" / "reward.safetensors")
+    weight = WEIGHTINGS[settings["weighting"]].weight(
+        scored["reward"], scored.get("contrast", torch.empty(0)), prompts, settings["tau"]
+    )
+    if not weight.any() or not weight.isfinite().all():
+        raise InputError(f"--weighting {settings['weighting']} --tau {settings['tau']}: no image weighs anything")
     pairs = task.pretrain() if task.pretrain else []
     texts = list(dict.fromkeys([*prompts, *(text for text, _ in pairs)]))
     row = {text: i for i, text in enumerate(texts)}
@@ -387,14 +474,14 @@ def finetune_pipeline(
         return Latents(mean, std, torch.tensor([row[text] for text in captions], device=mean.device))
 
     model_images = encode(pictures, prompts)
-    reward = read_weights(folder / "cache" / "reward.safetensors")["reward"].to(model_images.mean.device)
     # without captioned images of its own kind, the model's own images, all weighing one, hold it in place
     pretrain_images = encode([image for _, image in pairs], [text for text, _ in pairs]) if pairs else model_images
     pipe.unet.requires_grad_(True)
     finetune(
-        pipe.unet, pipe.schedule, context, model_images, reward, pretrain_images, folder / "checkpoints",
+        pipe.unet, pipe.schedule, context, model_images, weight, pretrain_images, folder / "checkpoints",
         steps=settings["steps"], beta=settings["beta"], batch_size=settings["batch_size"],
-        peak_learning_rate=settings["learning_rate"], dtype=getattr(torch, settings["dtype"]),
+        peak_learning_rate=settings["learning_rate"], pretrain_share=settings["pretrain_share"],
+        dtype=getattr(torch, settings["dtype"]),
         checkpoint_every=settings["checkpoint_every"], seed=settings["seed"], log=log,
     )  # fmt: skip
     pipe.card = ""  # the base model's; this model's is written when it has been judged
@@ -416,9 +503,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     tuned("--beta", in_range(float, 0), "weight of the pre-training term")
     tuned("--batch-size", in_range(int, 2), "images in a fine-tuning step")
     tuned("--learning-rate", in_range(float, 0, 1), "peak of AdamW's")
+    choices = "; ".join(f"{name}: {w.about} (tau: {w.tau})" for name, w in WEIGHTINGS.items())
+    add("--weighting", choices=WEIGHTINGS, default="reward", help=f"of the model's images: {choices} (default: reward)")
+    add("--tau", type=in_range(float, 1e-6), help="of --weighting (default: its own)")
+    add("--recipe", choices=RECIPES, help="paper: the settings of Lee et al. 2023 in place of the defaults")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps ... (default: cuda where there is one, else cpu)")
     precisions = ("float32", "bfloat16")
-    add("--dtype", choices=precisions, default="float32", help="of the fine-tuning's arithmetic (default: float32)")
+    add("--dtype", choices=precisions, help="of the fine-tuning's arithmetic (default: float32)")
     add("--checkpoint-every", type=in_range(int, 1), default=100, help="steps between checkpoints (default: 100)")
     add("--fresh", action="store_true", help="start over: remove what an earlier run left in the folder")
     add("--model", help="folder, hub id or .safetensors file (2.x: of v) to fine-tune (default: the embedded one)")
@@ -433,9 +524,14 @@ def main() -> None:
         raise InputError("--model and --feedback go together: one's labels are worth nothing for another's images")
     device = pick_device(args.device)
     defaults = EMBEDDED_DEFAULTS if args.feedback is None else OWN_DEFAULTS
+    if args.recipe is not None:
+        defaults = defaults | RECIPES[args.recipe]
+    if args.weighting == "reward" and args.tau is not None:
+        raise InputError("--tau: --weighting reward has none; accepted with the other weightings")
+    args.tau = WEIGHTINGS[args.weighting].tau if args.tau is None else args.tau
     given = {key: value for key, value in vars(args).items() if value is not None}
     folder = Path(given.get("out", defaults["out"]))
-    settings = defaults | {key: value for key, value in given.items() if key not in ("out", "fresh", "device")}
+    settings = defaults | {key: value for key, value in given.items() if key not in NOT_SETTINGS}
     settings = {"model": None, "clip": None if args.model is None else OWN_CLIP} | settings
     settings.pop("out")
     if args.feedback is None:

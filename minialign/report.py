@@ -130,10 +130,12 @@ def _opening(found: dict[str, Any]) -> str:
     judge = str(found.get("judge", ""))
     simulated = "simulated" in judge
     who = " by a simulated annotator" if simulated else ""
+    weighting = found.get("settings.weighting", "reward")
+    how = "their reward" if weighting == "reward" else f"the {weighting} of their reward"
     parts = [
         f"<h1>A text-to-image model, fine-tuned on {f'{labels:,} ' if labels else ''}labels{who}</h1>",
         f"<p>A reward model learned from the labels and scored {f'{images:,}' if images else 'all'} images. The model "
-        "was then fine-tuned on these images in proportion to their reward, as in Lee et al. 2023.</p>",
+        f"was then fine-tuned on these images, weighted by {how}, after Lee et al. 2023.</p>",
     ]
     before, after = (found.get(f"alignment.{side}.overall") for side in SIDES)
     if before is not None and after is not None:

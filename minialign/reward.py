@@ -157,6 +157,13 @@ def calibration(reward: Tensor, label: Tensor, bins: int = 10) -> list[dict[str,
     ]
 
 
+def contrast_embeds(clip: CLIP, choices: Sequence[Sequence[str]]) -> Tensor:
+    """CLIP embeddings (B,K,E) of each image's contrastive prompts, as many as all have."""
+    number = min(len(choice) for choice in choices)
+    flat = embed_texts(clip, [text for choice in choices for text in choice[:number]] or [""])
+    return flat[: len(choices) * number].reshape(len(choices), number, clip.width)
+
+
 def learn_reward(
     contrastive: Callable[[str, int, random.Random], list[str]],
     clip: CLIP,
@@ -177,9 +184,7 @@ def learn_reward(
     if not any(labels[i] for i in train):  # too few labels to spare any
         train, test = list(labels), []
     choices = [contrastive(prompts[i], CONTRASTIVE, rng) for i in train]
-    number = min(len(choice) for choice in choices)
-    flat = embed_texts(clip, [text for choice in choices for text in choice[:number]] or [""])
-    contrast = flat[: len(train) * number].reshape(len(train), number, clip.width)
+    contrast = contrast_embeds(clip, choices)
     config = {"width": clip.width, "hidden": settings["hidden"], "clip": settings["clip"]}
     label = torch.tensor([labels[i] for i in train], device=image.device)
     model = train_reward(
@@ -189,7 +194,13 @@ def learn_reward(
     score = model(image, text)
     truth = torch.tensor([labels[i] for i in test], device=image.device)
     cosine = torch.cosine_similarity(image[test], text[test])
-    write_tensors(folder / "cache" / "reward.safetensors", {"reward": score})
+    scores = {"reward": score}
+    if settings["weighting"] == "textnorm":
+        others = contrast_embeds(clip, [contrastive(prompt, CONTRASTIVE, rng) for prompt in prompts])
+        if not others.shape[1]:
+            raise InputError("--weighting textnorm: a prompt has no other one to be told from")
+        scores["contrast"] = torch.stack([model(image, other) for other in others.unbind(1)], dim=1)
+    write_tensors(folder / "cache" / "reward.safetensors", scores)
     model.save_pretrained(folder / "reward")
     write_json(
         folder / "reward" / "held_out.json",

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .models.pretrained import read_weights
+from .models.pretrained import InputError, first_line, read_weights
 
 T = TypeVar("T")
+STATE, CHECKSUM = "state.safetensors", "state.sha256"  # the files of a checkpoint
 
 
 def generator(*key: int) -> torch.Generator:
@@ -114,21 +119,68 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary, metadata)
 
 
+class Terminated(Exception):
+    """The process was asked to end and has saved what it did."""
+
+
+class Stop:
+    """`asked` turns true at SIGTERM, by which clusters announce the end, so that a step ends and a checkpoint is kept.
+
+    As a context; in another thread than the main one, where Python takes no signals, it never does.
+    """
+
+    asked = False
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+
+    def __exit__(self, *error: object) -> None:
+        if hasattr(self, "before"):
+            signal.signal(signal.SIGTERM, self.before)
+
+
+KEEP = 2  # checkpoints of a run: a damaged one falls back to the one before
+
+
 def save_checkpoint(
     folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None = None
 ) -> None:
-    """Write `folder`/step-N and remove the older ones. `step` is the number of finished steps."""
+    """Write `folder`/step-N and remove all but the last KEEP. `step` is the number of finished steps.
+
+    InputError names what the system says where it cannot be written; the earlier ones are whole then.
+    """
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{key}.{names[index]}": torch.as_tensor(value) for key, value in state.items()}
     if ema is not None:
         tensors |= {f"ema.{name}": weight for name, weight in ema.weights.items()}
-    with atomic(folder / f"step-{step}") as temporary:
-        temporary.mkdir()
-        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary / "state.safetensors")
-    for old in checkpoints(folder)[:-1]:
+    place = folder / f"step-{step}"
+    try:
+        with atomic(place) as temporary:
+            temporary.mkdir()
+            path = temporary / STATE
+            save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, path)
+            (temporary / CHECKSUM).write_text(f"{checksum(path)}  {STATE}\n")  # as sha256sum -c reads it
+    except (OSError, SafetensorError) as error:
+        last = ", ".join(map(str, checkpoints(folder)[-1:])) or "none"
+        raise InputError(f"{place}: cannot be written ({first_line(error)}); the last checkpoint: {last}") from error
+    for old in checkpoints(folder)[:-KEEP]:
         shutil.rmtree(old)
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -136,12 +188,27 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), key=lambda path: int(path.name[5:]))
 
 
+def whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Tensor]] | None:
+    """The newest checkpoint whose checksum holds, and its tensors; a damaged one is named on stderr and set aside."""
+    for place in reversed(checkpoints(folder)):
+        try:
+            if (place / CHECKSUM).read_text().split()[:1] != [checksum(place / STATE)]:
+                raise InputError("its checksum is not that of its content")
+            return place, read_weights(place / STATE)
+        except (OSError, UnicodeDecodeError, InputError) as error:
+            aside = place.with_name(f"damaged-{place.name}")
+            print(f"warning: {place} is damaged ({first_line(error)}); renamed to {aside.name}", file=sys.stderr)
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(place, aside)
+    return None
+
+
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None = None) -> int:
-    """Restore the newest checkpoint in place; the number of steps it had finished, 0 where there is none."""
-    found = checkpoints(folder)
-    if not found:
+    """Restore the newest whole checkpoint in place; the number of steps it had finished, 0 where there is none."""
+    found = whole_checkpoint(folder)
+    if found is None:
         return 0
-    tensors = read_weights(found[-1] / "state.safetensors")
+    place, tensors = found
     state = optimizer.state_dict()
     with torch.no_grad():
         for index, (name, p) in enumerate((n, p) for n, p in model.named_parameters() if p.requires_grad):
@@ -153,4 +220,4 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
             for name, weight in ema.weights.items():
                 weight.copy_(tensors[f"ema.{name}"])
     optimizer.load_state_dict(state)
-    return int(found[-1].name[5:])
+    return int(place.name[5:])

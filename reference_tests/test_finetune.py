@@ -1,6 +1,8 @@
 """Fine-tuning and the main job: unbiased draws, the right direction, bit-identical resuming, files, clear errors."""
 
+import errno
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -11,30 +13,53 @@ import numpy as np
 import pytest
 import torch
 from comparisons import GOLDENS, SMALL_UNET
+from safetensors import SafetensorError
 
 from minialign import NoiseSchedule, Pipeline, RewardModel, finetune
 from minialign.command import run_command
 from minialign.evaluate import summary
-from minialign.finetune import Latents, draw_by_reward, stratified_timesteps
+from minialign.finetune import WEIGHTINGS, Latents, draw_by_weight, stratified_timesteps
 from minialign.generate import draw_to_folder
 from minialign.models.pretrained import EMBEDDED, InputError
 from minialign.models.unet import UNet
 from minialign.shapes.task import shapes_task
-from minialign.training import atomic, remove_unfinished
+from minialign.training import Terminated, atomic, checkpoints, remove_unfinished
 
 UNET = SMALL_UNET | {"sample_size": 4, "norm_num_groups": 4}
 
 
-def test_drawing_by_reward_has_the_expectation_of_weighting_by_it():
+@pytest.mark.parametrize("signed", [False, True])
+def test_drawing_by_weight_has_the_expectation_of_weighting_by_it(signed):
     g = torch.Generator().manual_seed(0)
-    reward, f = torch.rand(50, generator=g), torch.randn(50, generator=g)
-    reward[:10] = 0
-    chosen, weight = draw_by_reward(reward, 400_000, g)
-    expected = (reward.double() * f).mean()
-    spread = (weight * f[chosen]).double().std() / len(chosen) ** 0.5
-    assert abs((weight * f[chosen]).double().mean() - expected) < 4 * spread
+    weight, f = torch.rand(50, generator=g) - 0.3 * signed, torch.randn(50, generator=g)
+    weight[:10] = 0
+    chosen, factor = draw_by_weight(weight, 400_000, g)
+    expected, terms = (weight.double() * f).mean(), (factor * f[chosen]).double()
+    spread = terms.std() / len(chosen) ** 0.5
+    assert abs(terms.mean() - expected) < 4 * spread
     assert abs(f.double().mean() - expected) > 20 * spread  # uniform draws would be found out
-    assert not torch.isin(chosen, torch.arange(10)).any()  # what weighs nothing is never drawn
+    assert chosen.min() >= 10  # no UNet call is spent on images that weigh nothing
+    assert torch.equal(factor, weight.abs().mean() * weight[chosen].sign())
+
+
+def test_weightings_by_hand():
+    reward = torch.tensor([0.2, 0.8, 0.5, 0.5, 0.9])
+    contrast = torch.tensor([[0.1, 0.3], [0.8, 0.2], [0.5, 0.5], [0.0, 0.0], [0.9, 0.1]])
+    prompts = ["a", "a", "b", "b", "c"]
+    expected = {
+        "reward": [0.2, 0.8, 0.5, 0.5, 0.9],
+        "threshold": [0, 1, 0, 0, 1],  # tau 0.5
+        "exponential": [math.exp(2 * (r - 1)) for r in (0.2, 0.8, 0.5, 0.5, 0.9)],
+        "textnorm": [
+            math.exp(2 * r) / (math.exp(2 * r) + sum(math.exp(2 * c) for c in row))
+            for r, row in zip((0.2, 0.8, 0.5, 0.5, 0.9), contrast.tolist())
+        ],
+        "advantage": [-0.5, 0.5, 0, 0, 0],  # (r - mean) / std within a prompt is -1, 1: clipped to tau
+    }
+    assert expected.keys() == WEIGHTINGS.keys()
+    for name, weighting in WEIGHTINGS.items():
+        weight = weighting.weight(reward, contrast, prompts, 0.5)
+        torch.testing.assert_close(weight, torch.tensor(expected[name], dtype=torch.float32), atol=1e-4, rtol=1e-4)
 
 
 def test_timesteps_cover_the_schedule_evenly_and_in_any_order():
@@ -46,7 +71,9 @@ def test_timesteps_cover_the_schedule_evenly_and_in_any_order():
     assert draws.min() == 0 and draws.max() == 999
 
 
-def two_kinds(reward_of_first: float, steps: int, folder, stop_at: int | None = None, **how) -> UNet:
+def two_kinds(
+    reward_of_first: float, steps: int, folder, stop_at: int | None = None, number=signal.SIGINT, **how
+) -> UNet:
     """A tiny UNet fine-tuned on two kinds of image for one prompt, +1 and -1 everywhere, weighted r and 1 - r."""
     torch.manual_seed(0)
     unet, schedule = UNet(UNET), NoiseSchedule.from_config({"prediction_type": "v_prediction"})
@@ -57,7 +84,7 @@ def two_kinds(reward_of_first: float, steps: int, folder, stop_at: int | None = 
 
     def log(row):
         if stop_at is not None and row["step"] >= stop_at:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
 
     settings = {"beta": 0.0, "batch_size": 8, "peak_learning_rate": 3e-3, "checkpoint_every": 5} | how
     finetune.finetune(unet, schedule, (context,), images, reward, images, folder, steps=steps, log=log, **settings)
@@ -90,6 +117,20 @@ def test_a_resumed_finetuning_is_bit_identical(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_sigterm_saves_and_ends(tmp_path):
+    whole = two_kinds(0.8, 20, tmp_path / "whole", beta=0.5)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated, match="step 11"):  # asked while the tenth was logged
+        two_kinds(0.8, 20, tmp_path / "parts", stop_at=10, number=signal.SIGTERM, beta=0.5, checkpoint_every=15)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [path.name for path in checkpoints(tmp_path / "parts")] == ["step-11"]
+    resumed = two_kinds(0.8, 20, tmp_path / "parts", beta=0.5)
+    for a, b in zip(whole.parameters(), resumed.parameters()):
+        assert torch.equal(a, b)
+    with pytest.raises(Terminated, match="step 10, which is saved"):  # at the last step it is not forgotten
+        two_kinds(0.8, 10, tmp_path / "last", stop_at=10, number=signal.SIGTERM)
+
+
 def test_weights_that_are_not_finite_are_not_kept(tmp_path):
     with pytest.raises(InputError, match="step 5: the gradient is not finite"):
         two_kinds(0.8, 10, tmp_path, peak_learning_rate=1e30)
@@ -105,7 +146,7 @@ SMALL = finetune.EMBEDDED_DEFAULTS | {
     "seed": 0, "steps": 6, "batch_size": 8, "learning_rate": 1e-4, "sampling_steps": 4, "images": 64, "labels": 48,
     "test_images": 24, "pretrain_images": 8, "hidden": 32,
     "reward_steps": 40, "model": None, "clip": None, "dtype": "float32",
-    "checkpoint_every": 3,
+    "checkpoint_every": 3, "weighting": "reward", "tau": 1,
 }  # fmt: skip
 
 
@@ -136,7 +177,7 @@ def test_the_main_job_leaves_what_it_promises(finished):
     card = (folder / "model" / "README.md").read_text()
     assert card.startswith("---\nlicense: ") and f"{results['alignment']['after']['overall']:8.1%}" in card
     assert "| steps | 6 |" in card and "minialign's embedded shapes checkpoint" in card
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-6"]
+    assert [path.name for path in checkpoints(folder / "checkpoints")] == ["step-3", "step-6"]
     assert not list(folder.rglob("*.tmp"))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {row["stage"] for row in rows} == {"reward", "finetune"}
@@ -300,6 +341,10 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys)
         (("--beta", "nan"), "--beta: 'nan'; accepted"),
         (("--batch-size", "many"), "--batch-size: 'many'; accepted: a whole number from 2 up"),
         (("--learning-rate", 2), "--learning-rate: '2'; accepted: a number from 0 to 1"),
+        (("--weighting", "best"), "--weighting: invalid choice: 'best'"),
+        (("--tau", 0), "--tau: '0'; accepted: a number from 1e-06 up"),
+        (("--tau", 1), "--tau: --weighting reward has none"),
+        (("--recipe", "mine"), "--recipe: invalid choice: 'mine'"),
         (("--dtype", "float8"), "--dtype: invalid choice: 'float8'"),
         (("--device", "abacus"), "--device abacus: cannot be used"),
         (("--wings",), "unrecognized arguments: --wings"),
@@ -330,6 +375,52 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys)
         assert code == 2 and message in err and err.count("\n") == 1, (arguments, err)
         assert err.startswith("error: ")
     assert sorted(path.name for path in tmp_path.rglob("*")) == held
+
+
+@pytest.mark.parametrize("name", ["textnorm", "advantage"])
+def test_other_weightings_go_through_the_main_job(name, tmp_path):
+    results = small_run(tmp_path / "run", weighting=name, tau=WEIGHTINGS[name].tau)
+    assert results["settings"]["weighting"] == name
+
+
+def test_weights_that_are_all_zero_are_refused(tmp_path):
+    with pytest.raises(InputError, match="--weighting threshold --tau 2: no image weighs anything"):
+        small_run(tmp_path / "run", weighting="threshold", tau=2)
+
+
+def test_the_recipe_stands_behind_what_is_given(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(finetune, "run", lambda settings, *rest: seen.update(settings) or {"seconds": {"total": 0}})
+    monkeypatch.setattr(finetune, "summary", lambda results: "")
+    monkeypatch.setattr("minialign.report.write_report", lambda folder: folder)
+    monkeypatch.setattr(sys, "argv", ["finetune", "--recipe", "paper", "--steps", "7", "--weighting", "exponential"])
+    finetune.main()
+    assert (seen["batch_size"], seen["pretrain_share"], seen["learning_rate"], seen["beta"]) == (512, 0.5, 1e-5, 1.0)
+    assert (seen["steps"], seen["weighting"], seen["tau"], seen["dtype"]) == (7, "exponential", 0.2, "bfloat16")
+    assert "recipe" not in seen and seen["sampling_steps"] == finetune.EMBEDDED_DEFAULTS["sampling_steps"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device", "a.png"), SafetensorError("I/O error: File too large")],
+)
+def test_a_full_disk_is_one_line(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(main)
+    line = capsys.readouterr().err
+    assert ended.value.code == 2 and line.startswith("error: cannot be written: ") and line.count("\n") == 1
+
+
+def test_sigterm_ends_the_command_as_shells_expect(capsys):
+    def main():
+        raise Terminated("SIGTERM at step 3, which is saved")
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(main)
+    assert ended.value.code == 143 and "step 3" in capsys.readouterr().err
 
 
 def diffusers_pipeline(folder):

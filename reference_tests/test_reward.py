@@ -91,7 +91,7 @@ def test_held_out_labels_are_not_learned(tmp_path):
     pictures = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(160)]
     prompts = [prompt.text for prompt in all_prompts(SHAPES)[-160:]]
     labels = {i: float(rng.random() < 0.5) for i in range(20, 160)}
-    settings = {"hidden": 256, "clip": None, "reward_steps": 600, "temperature": 2.0, "seed": 0}
+    settings = {"hidden": 256, "clip": None, "reward_steps": 600, "temperature": 2.0, "seed": 0, "weighting": "reward"}
     clip = CLIP.from_pretrained()
 
     def other(text, number, rng):

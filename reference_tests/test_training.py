@@ -1,10 +1,12 @@
 """Learning rates, moving averages, stateless randomness, atomic files and checkpoints."""
 
 import math
+import resource
 
 import pytest
 import torch
 
+from minialign.models.pretrained import InputError
 from minialign.training import (
     EMA,
     atomic,
@@ -82,7 +84,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path, channels_last):
     train(*first, 0, 3)
     save_checkpoint(tmp_path, 2, *first)
     save_checkpoint(tmp_path, 3, *first)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-3"]
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-2", "step-3"]
     second = make(channels_last)
     assert load_checkpoint(tmp_path, *second) == 3
     train(*second, 3, 6)
@@ -94,3 +96,61 @@ def test_a_resumed_run_is_bit_identical(tmp_path, channels_last):
 
 def test_no_checkpoint_is_step_zero(tmp_path):
     assert load_checkpoint(tmp_path / "none", *make(False)) == 0
+
+
+def test_the_last_checkpoints_are_kept(tmp_path):
+    for step in range(5):
+        save_checkpoint(tmp_path, step, *make(False))
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-3", "step-4"]
+
+
+def flip_a_bit(place):
+    content = bytearray((place / "state.safetensors").read_bytes())
+    content[-1] ^= 1
+    (place / "state.safetensors").write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_a_bit,
+        lambda place: (place / "state.safetensors").write_bytes(b"short"),
+        lambda place: (place / "state.safetensors").unlink(),
+        lambda place: (place / "state.sha256").unlink(),
+        lambda place: (place / "state.sha256").write_bytes(b"\xff"),
+    ],
+    ids=["bit", "short", "missing", "no checksum", "not text"],
+)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, damage):
+    parts = make(False)
+    train(*parts, 0, 2)
+    save_checkpoint(tmp_path, 2, *parts)
+    good = [p.detach().clone() for p in parts[0].parameters()]
+    train(*parts, 2, 4)
+    save_checkpoint(tmp_path, 4, *parts)
+    damage(tmp_path / "step-4")
+    resumed = make(False)
+    assert load_checkpoint(tmp_path, *resumed) == 2
+    assert "step-4 is damaged" in capsys.readouterr().err
+    for a, b in zip(good, resumed[0].parameters()):
+        assert torch.equal(a, b)
+    assert (tmp_path / "damaged-step-4").is_dir()
+    damage(tmp_path / "step-2")
+    assert load_checkpoint(tmp_path, *resumed) == 0
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    """A limit on the size of files stands for the disk."""
+    parts = make(False)
+    train(*parts, 0, 1)
+    save_checkpoint(tmp_path, 1, *parts)
+    train(*parts, 1, 2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(InputError, match="step-2: cannot be written .*the last checkpoint: .*step-1"):
+            save_checkpoint(tmp_path, 2, *parts)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+    assert load_checkpoint(tmp_path, *make(False)) == 1
