@@ -52,7 +52,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (OSError, SafetensorError, sqlite3.OperationalError) as error:  # of writing: reading raises InputError
-        if isinstance(error, OSError) and error.errno not in NO_SPACE:
+        full = error.errno in NO_SPACE if isinstance(error, OSError) else "disk" in str(error)
+        if not full and not isinstance(error, SafetensorError):
             raise
         print(f"error: cannot be written: {first_line(error)}; once there is space, {GO_ON}", file=sys.stderr)
         sys.exit(2)

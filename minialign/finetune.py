@@ -88,12 +88,12 @@ OWN_DEFAULTS: dict[str, Any] = {  # the paper's learning rate, beta and reward; 
     "reward_steps": 1000,
     "out": "runs/own",
 }
-RECIPES: dict[str, dict[str, Any]] = {  # Lee et al. 2023, appendix: half the batch is pre-training pairs
+RECIPES: dict[str, dict[str, Any]] = {  # Lee et al. 2023; learning rate schedule, prompt dropout and sampler stay ours
     "paper": {
         "steps": 10_000,
         "beta": 1.0,
         "batch_size": 512,
-        "pretrain_share": 0.5,
+        "pretrain_share": 0.5,  # 256 of each
         "learning_rate": 1e-5,
         "guidance": 7.5,
         "hidden": 1024,
@@ -503,7 +503,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     tuned("--beta", in_range(float, 0), "weight of the pre-training term")
     tuned("--batch-size", in_range(int, 2), "images in a fine-tuning step")
     tuned("--learning-rate", in_range(float, 0, 1), "peak of AdamW's")
-    choices = "; ".join(f"{name}: {w.about} (tau: {w.tau})" for name, w in WEIGHTINGS.items())
+    choices = "; ".join(
+        f"{name}: {w.about}" + f" (tau: {w.tau})" * (name != "reward") for name, w in WEIGHTINGS.items()
+    )
     add("--weighting", choices=WEIGHTINGS, default="reward", help=f"of the model's images: {choices} (default: reward)")
     add("--tau", type=in_range(float, 1e-6), help="of --weighting (default: its own)")
     add("--recipe", choices=RECIPES, help="paper: the settings of Lee et al. 2023 in place of the defaults")

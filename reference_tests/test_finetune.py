@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -402,7 +403,11 @@ def test_the_recipe_stands_behind_what_is_given(monkeypatch):
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(errno.ENOSPC, "No space left on device", "a.png"), SafetensorError("I/O error: File too large")],
+    [
+        OSError(errno.ENOSPC, "No space left on device", "a.png"),
+        SafetensorError("I/O error: File too large"),
+        sqlite3.OperationalError("database or disk is full"),
+    ],
 )
 def test_a_full_disk_is_one_line(error, capsys):
     def main():
@@ -412,6 +417,17 @@ def test_a_full_disk_is_one_line(error, capsys):
         run_command(main)
     line = capsys.readouterr().err
     assert ended.value.code == 2 and line.startswith("error: cannot be written: ") and line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EACCES, "Permission denied"), sqlite3.OperationalError("no such table")]
+)
+def test_other_failures_are_not_taken_for_a_full_disk(error):
+    def main():
+        raise error
+
+    with pytest.raises(type(error)):
+        run_command(main)
 
 
 def test_sigterm_ends_the_command_as_shells_expect(capsys):
