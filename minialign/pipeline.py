@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from .diffusion import Context, NoiseSchedule, ddim_sample
@@ -210,19 +210,19 @@ class Pipeline:
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (B,C,h,w) of the scaled latents of images, brought to `image_size` if need be."""
-        size = self.image_size[::-1]
-        images = [image if image.size == size else image.resize(size, Image.Resampling.LANCZOS) for image in images]
+        """Mean and standard deviation (B,C,h,w) of the scaled latents of images, brought to `image_size` by `fit`."""
         weight = self.vae.encoder.conv_in.weight
-        moments = self.vae.encode(to_pixels(images).to(weight.device, weight.dtype))
+        pixels = to_pixels([fit(image, self.image_size) for image in images])
+        moments = self.vae.encode(pixels.to(weight.device, weight.dtype))
         mean, logvar = (moment.to(self.dtype) for moment in moments)
         return mean * self.vae.scaling_factor, (0.5 * logvar).exp() * self.vae.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Images of scaled latents (B,C,h,w)."""
+        """Images of scaled latents (B,C,h,w), in the precision of the VAE's weights: in float16 XL's overflows."""
         latents = latents.to(self.vae.decoder.conv_in.weight.dtype) / self.vae.scaling_factor
-        return to_images(self.vae.decode(latents))
+        with torch.autocast(self.device.type, enabled=False):
+            return to_images(self.vae.decode(latents))
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """Starting latents (B,C,h,w), one a seed, so that an image does not depend on the batch it is drawn in."""
@@ -343,6 +343,12 @@ def _check_fit(pipe: Pipeline, place: Path) -> None:
         if not least <= has <= most:
             accepted = least if least == most else f"{least} to {most}"
             raise InputError(f"{place}: {what} is {has}; accepted with the other parts: {accepted}")
+
+
+def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The image at height and width `size`, not distorted: resized by the shorter side, cropped to the centre."""
+    height, width = size
+    return image if image.size == (width, height) else ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
 def to_pixels(images: Sequence[Image.Image]) -> Tensor:

@@ -1,0 +1,396 @@
+"""What the frozen networks say of images and prompts, computed once and kept on disk, shared by processes and runs.
+
+Fine-tuning (Lee et al. 2023, section 3.3) trains the UNet alone, so that the moments of an image's latents and the
+context of a prompt never change. They are kept in a folder of safetensors shards that are mapped into memory. The key
+of an entry is a digest of all that it depends on: the network's weights, the preprocessing, the file or the text.
+
+    entries = encode_pairs(pipe, source, folder, batch=8, part=(rank, processes))
+    keys = encode_texts(pipe, entries.captions, folder, batch=64, part=(rank, processes))
+    barrier()  # now everybody's shards are there
+    cache = Cache(folder)
+    entries = entries.kept(cache)  # without what could not be read; 5 % at most
+    mean, std = cache.rows("mean", entries.keys), cache.rows("std", entries.keys)
+    context = cache.context(keys)  # the last row of each part: no prompt
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import mmap
+import os
+import sys
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .data import Pair, Skipped, Unusable, read_pairs
+from .models.pretrained import MALFORMED, InputError, first_line
+from .models.tokenizer import Tokenizer
+from .pipeline import Pipeline, fit
+from .training import progress, write_tensors
+
+KEY = np.dtype("S16")  # keys are arrays of this: 16 bytes, compared as bytes
+DTYPES = {"F32": np.float32, "F16": np.float16}  # safetensors' names
+PREPROCESSING = "1: the shorter side by Lanczos, then the centre"  # of `Pipeline.encode_images`; part of the key
+SHARD_BYTES = 2**28  # of entries, after which a shard is written
+SHARD_SECONDS = 120  # or after so long: what a killed process has to do again
+
+
+class Rows:
+    """Rows of mapped shards that read like a float32 tensor along its first axis: rows[LongTensor] -> Tensor.
+
+    Nothing is read before it is asked for, and nothing of it stays in the process: the pages of a batch are announced
+    to the system all together (it reads them in parallel), copied, and let go.
+    """
+
+    def __init__(self, shards: Sequence[_Shard], name: str, shard: np.ndarray, row: np.ndarray):
+        self._used = {i: shards[i] for i in np.unique(shard).tolist()}
+        self._arrays = {i: used.tensors[name] for i, used in self._used.items()}
+        self._shard, self._row = shard, row
+        kinds = {(array.shape[1:], array.dtype) for array in self._arrays.values()}
+        if len(kinds) > 1:
+            raise ValueError(f"{name}: the entries are of several shapes or types: {kinds}")
+        shape, dtype = kinds.pop() if kinds else ((), np.dtype(np.float32))
+        self.shape, self._dtype = torch.Size((len(shard), *shape)), dtype
+
+    def __len__(self) -> int:
+        return len(self._shard)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        if index.dtype != torch.int64:
+            raise TypeError(f"rows are asked for by an int64 tensor, not by {index.dtype}")
+        flat = index.cpu().numpy().reshape(-1)
+        shards = self._shard[flat].tolist()
+        rows = [self._arrays[shard][row] for shard, row in zip(shards, self._row[flat].tolist())]
+        found = np.empty((len(rows), *self.shape[1:]), self._dtype)
+        for row in rows:
+            _advise(row.ctypes.data, row.nbytes, mmap.MADV_WILLNEED)
+        for i, row in enumerate(rows):
+            found[i] = row
+        for shard in set(shards):  # the file's pages stay in the system's cache
+            self._used[shard].advise(mmap.MADV_DONTNEED)
+        return torch.from_numpy(found).float().view(*index.shape, *self.shape[1:])
+
+
+_madvise = ctypes.CDLL(None).madvise
+_madvise.argtypes = (ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int)
+
+
+def _advise(address: int, size: int, advice: int) -> None:
+    """Tell the system what becomes of mapped pages."""
+    begin = address // mmap.PAGESIZE * mmap.PAGESIZE
+    _madvise(begin, address + size - begin, advice)
+
+
+class _Shard:
+    """A mapped shard: its keys (n,), and the rows (n,...) of each tensor. Raises some of MALFORMED where damaged.
+
+    The header, the sizes and the keys are checked. The entries are not read, which would take as long as all of them.
+    """
+
+    def __init__(self, path: Path):
+        with open(path, "rb") as file:
+            total = os.fstat(file.fileno()).st_size
+            begin = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(begin, total) - 8))
+            metadata = header.pop("__metadata__")
+            end = begin + max(entry["data_offsets"][1] for entry in header.values())
+            if end != total:
+                raise ValueError(f"{total} bytes in place of {end}")
+            first, last = header.pop("keys")["data_offsets"]
+            file.seek(begin + first)
+            data = file.read(last - first)
+        if f"{zlib.crc32(data):08x}" != metadata["keys_crc32"]:
+            raise ValueError("the checksum is not that of its keys")
+        self.keys = np.frombuffer(data, KEY)
+        # not by mmap.mmap, which keeps a file descriptor open for each shard
+        mapped = torch.from_file(str(path), shared=False, size=total, dtype=torch.uint8).numpy()
+        self.advise = partial(_advise, mapped.ctypes.data, total)
+        self.advise(mmap.MADV_RANDOM)  # no reading ahead: rows are announced
+        self.tensors: dict[str, np.ndarray] = {}
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            array = mapped[begin + first : begin + last].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+            if len(array) != len(self.keys):
+                raise ValueError(f"{len(array)} rows of {name} for {len(self.keys)} keys")
+            self.tensors[name] = array
+
+
+class Cache:
+    """The entries of a folder as they are when it is opened. Shards may share keys: any of their entries is taken.
+
+    A damaged shard is named on stderr and set aside; its entries are missing, so that they are encoded again.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._shards: list[_Shard] = []
+        for path in sorted(folder.glob("entries-*.safetensors")):
+            try:
+                self._shards.append(_Shard(path))
+            except (OSError, RuntimeError) as error:  # RuntimeError: torch's, of what cannot be mapped
+                raise InputError(f"{path}: cannot be read ({first_line(error)})") from error
+            except MALFORMED as error:
+                print(
+                    f"warning: {path} is damaged ({first_line(error)}); set aside as {path.name}.bad", file=sys.stderr
+                )
+                with suppress(OSError):  # another process was faster
+                    os.replace(path, path.with_name(f"{path.name}.bad"))
+        counts = [len(shard.keys) for shard in self._shards]
+        keys = np.concatenate([np.empty(0, KEY), *(shard.keys for shard in self._shards)])
+        order = keys.argsort(kind="stable")
+        self._keys = keys[order]
+        self._shard = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[order]
+        self._row = np.concatenate([np.empty(0, np.int32), *(np.arange(n, dtype=np.int32) for n in counts)])[order]
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def has(self, keys: np.ndarray) -> np.ndarray:
+        """Which of the keys (N,) are there, (N,) bool."""
+        return self._find(keys)[1]
+
+    def _find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the keys are among the sorted ones, and whether they are there."""
+        if len(self._keys) == 0:
+            return np.zeros(len(keys), np.int64), np.zeros(len(keys), bool)
+        at = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
+        return at, self._keys[at] == keys
+
+    def rows(self, name: str, keys: np.ndarray) -> Rows:
+        """The tensor `name` of the entries of the keys (N,), in their order; InputError where entries are missing."""
+        at, found = self._find(keys)
+        if not found.all():
+            raise InputError(f"{self.folder}: {(~found).sum()} of {len(keys)} entries are missing; run again")
+        return Rows(self._shards, name, self._shard[at], self._row[at])
+
+    def context(self, keys: np.ndarray) -> tuple[Rows, ...]:
+        """The parts of the contexts of `encode_texts`' keys (P+1,), the last row of each being no prompt's."""
+        at, found = self._find(keys[-1:])
+        parts = sorted(self._shards[self._shard[at[0]]].tensors) if found.all() else ["context0"]
+        return tuple(self.rows(name, keys) for name in parts)
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Keys (N,), names and captions of images, in the order of their source."""
+
+    keys: np.ndarray
+    names: list[str]
+    captions: list[str]
+    skipped: Skipped | None
+
+    def kept(self, cache: Cache) -> Entries:
+        """Those that the cache has, once all processes have written theirs.
+
+        The rest could not be read and is in the logs; InputError where that is more than 5 % of the source. All
+        processes see the same, so that all of them stop or none.
+        """
+        found = cache.has(self.keys)
+        missing = int((~found).sum())
+        if self.skipped is not None:
+            self.skipped.check(len(found), missing)
+        elif missing:
+            raise InputError(f"{cache.folder}: {missing} of {len(found)} entries are missing; run again")
+        kept = np.flatnonzero(found).tolist()
+        return Entries(self.keys[found], [self.names[i] for i in kept], [self.captions[i] for i in kept], self.skipped)
+
+
+def encode_pairs(
+    pipe: Pipeline,
+    pairs: str | Sequence[Pair],
+    folder: Path,
+    *,
+    batch: int,
+    dtype: torch.dtype = torch.float32,
+    part: tuple[int, int] = (0, 1),
+    skipped: Skipped | None = None,
+) -> Entries:
+    """Encode those images that are not in the cache yet, `batch` at a time; the entries of all of them.
+
+    pairs: a source (see `read_pairs`) or pairs at hand. Of several processes, part = (its number, how many), each
+    encodes every so manyth image. dtype: float32 or float16, as what is kept. An image that cannot be read goes to
+    `skipped` (of a source: skipped.jsonl in the folder, unless given) and is tried again by the next run; without
+    `skipped` it raises Unusable.
+    """
+    if isinstance(pairs, str) and skipped is None:
+        skipped = Skipped(folder / "skipped.jsonl", part)
+
+    def read() -> Iterable[Pair]:
+        if not isinstance(pairs, str):
+            return pairs
+        assert skipped is not None
+        return read_pairs(pairs, skipped)
+
+    key = _image_keys(pipe, dtype)
+    keys, names, captions = bytearray(), [], []
+    for pair in read():  # decodes nothing, so that a later run, which finds all, starts at once
+        keys += key(pair.identity)
+        names.append(pair.name)
+        captions.append(pair.caption)
+    entries = Entries(np.frombuffer(bytes(keys), KEY), names, captions, skipped)
+    todo = _todo(entries.keys, folder, part)
+    if not todo.any():
+        return entries
+    size = pipe.image_size
+
+    def images() -> Iterator[tuple[bytes, Image.Image]]:
+        for pair, wanted in zip(read(), todo.tolist()):
+            if not wanted:
+                continue
+            try:
+                image = fit(pair.open(), size)
+            except Unusable as error:
+                if skipped is None:
+                    raise
+                skipped.add(error)
+            else:
+                yield key(pair.identity), image
+
+    waiting = progress(images(), "encode images", int(todo.sum()))
+    with _Writer(folder, dtype) as writer:
+        while chunk := list(islice(waiting, batch)):
+            mean, std = pipe.encode_images([image for _, image in chunk])
+            writer.add([key for key, _ in chunk], mean=mean, std=std)
+    return entries
+
+
+def encode_texts(
+    pipe: Pipeline,
+    texts: Sequence[str],
+    folder: Path,
+    *,
+    batch: int,
+    dtype: torch.dtype = torch.float32,
+    part: tuple[int, int] = (0, 1),
+) -> np.ndarray:
+    """Encode those prompts that are not in the cache yet; the keys (P+1,) of all, the last one that of no prompt.
+
+    `dtype` and `part` as in `encode_pairs`.
+    """
+    key = _text_keys(pipe, dtype)
+    keys = np.frombuffer(b"".join([*(key(f"prompt {text}") for text in texts), key("none")]), KEY)
+    todo = np.flatnonzero(_todo(keys, folder, part)).tolist()
+    prompts = [i for i in todo if i < len(texts)]
+    with _Writer(folder, dtype) as writer:
+        if len(prompts) < len(todo):
+            writer.add([keys[-1:].tobytes()], **_parts(pipe.encode_unconditional()))
+        for start in progress(range(0, len(prompts), batch), "encode prompts") if prompts else ():
+            chunk = prompts[start : start + batch]
+            context = pipe.encode_prompts([texts[i] for i in chunk])
+            writer.add([keys[i : i + 1].tobytes() for i in chunk], **_parts(context))
+    return keys
+
+
+def _parts(context: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {f"context{i}": part for i, part in enumerate(context)}
+
+
+def _todo(keys: np.ndarray, folder: Path, part: tuple[int, int]) -> np.ndarray:
+    """Which of the keys (N,) this process encodes, (N,) bool.
+
+    By their number, not by what others have left: that changes while they write.
+    """
+    first = np.zeros(len(keys), bool)
+    first[np.unique(keys, return_index=True)[1]] = True
+    return first & (np.arange(len(keys)) % part[1] == part[0]) & ~Cache(folder).has(keys)
+
+
+class _Writer:
+    """Collects entries and writes them as shards of unique names, the last one at the end of the context."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype):
+        if dtype not in (torch.float32, torch.float16):
+            raise ValueError(f"{dtype}; accepted: torch.float32, torch.float16")
+        self.folder, self.dtype = folder, dtype
+        self._clear()
+
+    def _clear(self) -> None:
+        self.keys: list[bytes] = []
+        self.parts: dict[str, list[Tensor]] = {}
+        self.bytes, self.begun = 0, time.monotonic()
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def add(self, keys: list[bytes], **parts: Tensor) -> None:
+        """Entries' keys, 16 bytes each, and tensors with a row each."""
+        kept = {name: part.detach().to("cpu", self.dtype) for name, part in parts.items()}
+        for name, part in kept.items():  # all of them before any is taken: rows and keys stay together
+            if not part.isfinite().all():
+                raise InputError(f"{name}: what the network says is not finite in {self.dtype}; accepted: float32")
+        for name, part in kept.items():
+            self.parts.setdefault(name, []).append(part)
+            self.bytes += part.nbytes
+        self.keys += keys
+        if self.bytes >= SHARD_BYTES or time.monotonic() - self.begun >= SHARD_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        keys = b"".join(self.keys)
+        tensors = {name: torch.cat(parts) for name, parts in self.parts.items()}
+        tensors["keys"] = torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(-1, KEY.itemsize)
+        metadata = {"keys_crc32": f"{zlib.crc32(keys):08x}"}
+        write_tensors(self.folder / f"entries-{uuid.uuid4().hex}.safetensors", tensors, metadata)
+        self._clear()
+
+    def __exit__(self, *error: object) -> None:
+        if self.keys:  # after an interruption too
+            self.write()
+
+
+def _image_keys(pipe: Pipeline, dtype: torch.dtype) -> Callable[[str], bytes]:
+    digest = hashlib.sha256()
+    _add_network(digest, pipe.vae, ("decoder.", "post_quant_conv."))
+    return _keys(["image", digest.hexdigest(), PREPROCESSING, pipe.image_size, str(pipe.dtype), str(dtype)])
+
+
+def _text_keys(pipe: Pipeline, dtype: torch.dtype) -> Callable[[str], bytes]:
+    digest = hashlib.sha256()
+    for encoder, tokenizer in ((pipe.text_encoder, pipe.tokenizer), (pipe.text_encoder_2, pipe.tokenizer_2)):
+        if encoder is not None and tokenizer is not None:
+            _add_network(digest, encoder)
+            digest.update(_tokenizer(tokenizer))
+    xl = [pipe.image_size, pipe.unet.time_id_width, pipe.zero_unconditional] if pipe.text_encoder_2 is not None else []
+    return _keys(["text", digest.hexdigest(), xl, str(pipe.dtype), str(dtype)])
+
+
+def _keys(what: list[object]) -> Callable[[str], bytes]:
+    """The 16-byte digest of an identity, in the name of `what`."""
+    begun = hashlib.blake2b(json.dumps(what).encode() + b"\n", digest_size=KEY.itemsize)
+
+    def key(identity: str) -> bytes:
+        digest = begun.copy()
+        digest.update(identity.encode("utf-8", "surrogatepass"))
+        return digest.digest()
+
+    return key
+
+
+def _add_network(digest: hashlib._Hash, network: Any, without: tuple[str, ...] = ()) -> None:
+    """All bytes of the weights, except of those whose names begin so, and the config, its notes left out."""
+    config = {name: value for name, value in network.config.items() if not name.startswith("_")}
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for name, weight in sorted(network.state_dict().items()):
+        if not name.startswith(without):
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _tokenizer(tokenizer: Tokenizer) -> bytes:
+    what = [tokenizer.vocab, tokenizer.merges, tokenizer.length, tokenizer.start, tokenizer.end, tokenizer.pad]
+    return json.dumps(what, sort_keys=True).encode()
