@@ -1,0 +1,785 @@
+"""The labelling page: what comes next, what is kept whatever happens, who is refused, and a browser that labels."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager
+from math import sqrt
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minialign import label
+from minialign.command import run_command
+from minialign.feedback import FeedbackStore
+from minialign.label import ComparingDesk, Desk, Queue, Server
+
+ROOT = Path(__file__).parent.parent
+TOKEN = "a-token-of-some-length"
+
+
+def make_run(folder: Path, prompts: dict[str, int], first_seed: int = 0, color: int = 0) -> Path:
+    """A run with so many small images of each prompt, in turns, so that a prompt's are not neighbours."""
+    (folder / "images").mkdir(parents=True)
+    rows = []
+    for number in range(max(prompts.values())):
+        for prompt in (prompt for prompt, images in prompts.items() if number < images):
+            name = f"images/{len(rows):03d}.png"
+            Image.new("RGB", (16, 16), (color, 20 * number % 256, len(rows) % 256)).save(folder / name)
+            rows.append((prompt, name, first_seed + len(rows)))
+    store = FeedbackStore(folder)
+    store.add_images(rows)
+    store.close()
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / "run", {"a cat": 3, "two dogs": 4, "a red cow": 5})
+
+
+@contextmanager
+def served(desk: Desk, host: str = "127.0.0.1", **how):
+    server = Server(desk, host, 0, **how)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+        desk.store.close()
+
+
+def ask(port: int, path: str, body=None, method=None, **headers):
+    """(status, JSON or bytes, headers) of one request; header names with _ for -."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    headers = {key.replace("_", "-"): value for key, value in headers.items()}
+    if body is not None:
+        headers = {"Content-Type": "application/json"} | headers
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    try:
+        connection.request(method or ("GET" if body is None else "POST"), path, body, headers)
+        answer = connection.getresponse()
+        content = answer.read()
+        found = dict(answer.getheaders())
+        return answer.status, json.loads(content) if "json" in found["Content-Type"] else content, found
+    finally:
+        connection.close()
+
+
+def post(port: int, labeller: str, image: int, verdict: str | None):
+    return ask(port, "/api/judge", {"labeller": labeller, "image": image, "verdict": verdict})
+
+
+def kept(folder: Path) -> dict[tuple[str, int], str]:
+    database = sqlite3.connect(folder / "feedback.sqlite")
+    rows = {
+        (name, image): verdict
+        for name, image, verdict in database.execute("SELECT labeller, image, verdict FROM labels")
+    }
+    database.close()
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------- what comes next
+def test_three_images_of_a_prompt_come_together_and_none_twice(run):
+    desk = Desk(FeedbackStore(run))
+    prompts = {image.id: image.prompt for image in desk.store.images()}
+    seen, sizes = [], []
+    while items := desk.next("ann"):
+        slots = items[0]["slots"]
+        assert {prompts[slot["id"]] for slot in slots} == {items[0]["prompt"]}
+        sizes.append(len(slots))
+        for slot in slots:
+            desk.judge("ann", slot["id"], "good")
+            seen.append(slot["id"])
+    assert sorted(seen) == list(range(1, 13)) and Counter(sizes) == {3: 3, 1: 1, 2: 1}
+    assert desk.progress("ann")["done"] == 12 == desk.progress("bob")["total"] and desk.progress("bob")["done"] == 0
+    # of what two labellers have in hand, three items at once are three
+    assert len({item["item"] for item in desk.next("bob", (), 3)}) == 3
+    first = desk.next("bob")[0]["item"]
+    assert desk.next("bob")[0]["item"] == first != desk.next("bob", [first])[0]["item"]
+    desk.store.close()
+
+
+def test_the_least_labelled_come_first_whatever_happened_before():
+    """Against the definition, by looking at every item."""
+    pick = random.Random(0)
+    group = np.array([pick.randrange(40) for _ in range(100)])
+    group = np.unique(group, return_inverse=True)[1]
+    queue = Queue(group, np.zeros(100, np.int64))
+    judged = {name: set() for name in "abc"}
+    for name in judged:
+        queue.open(name, np.array([], int))
+    for _ in range(600):
+        name = pick.choice("abc")
+        without = pick.sample(range(group.max() + 1), 3)
+        item = queue.next(name, without)
+        counts = np.array([sum(row in rows for rows in judged.values()) for row in range(100)])
+        open_rows = [row for row in range(100) if row not in judged[name] and group[row] not in without]
+        if not open_rows:
+            assert item is None
+        else:
+            least = min(counts[open_rows])
+            assert any(counts[row] == least for row in open_rows if group[row] == item)
+        row = pick.randrange(100) if item is None else pick.choice([row for row in queue.rows(item)])
+        if row in judged[name]:
+            judged[name].remove(row)
+            queue.add(name, row, -1)
+        else:
+            judged[name].add(row)
+            queue.add(name, row, 1)
+        assert queue.left(name) == 100 - len(judged[name])
+    assert sum(map(len, judged.values())) > 100
+
+
+def test_what_others_have_judged_comes_last(run):
+    desk = Desk(FeedbackStore(run))
+    item = desk.next("ann")[0]
+    firsts = {desk.next(str(i))[0]["item"] for i in range(20)}
+    assert item["item"] in firsts
+    for slot in item["slots"]:
+        desk.judge("ann", slot["id"], "skip")
+    assert item["item"] not in {desk.next(str(i))[0]["item"] for i in range(20)}
+    desk.judge("ann", item["slots"][0]["id"], None)
+    assert {desk.next(str(i))[0]["item"] for i in range(20)} == firsts
+    desk.store.close()
+
+
+def test_labellers_begin_in_different_places():
+    queue = Queue(np.arange(300) // 3, np.zeros(300, np.int64))
+    firsts = set()
+    for name in map(str, range(20)):
+        queue.open(name, np.array([], int))
+        firsts.add(queue.next(name, ()))
+    assert len(firsts) > 15
+    assert Queue(np.empty(0, int), np.empty(0, int)).size == 0
+
+
+def test_images_and_labels_that_come_meanwhile(run):
+    desk, other = Desk(FeedbackStore(run)), FeedbackStore(run)
+    first = desk.next("ann")[0]
+    other.add_labels("ann", [(slot["id"], "bad") for slot in first["slots"]])  # by another process
+    assert desk.next("ann")[0]["item"] != first["item"]
+    shutil.copy(run / "images/000.png", run / "images/new.png")
+    other.add_images([("a new prompt", "images/new.png", 99)])
+    for _ in range(6):
+        for slot in (items := desk.next("ann"))[0]["slots"]:
+            desk.judge("ann", slot["id"], "good")
+        if items[0]["prompt"] == "a new prompt":
+            break
+    else:
+        pytest.fail("the new image never came")
+    other.close()
+    desk.store.close()
+
+
+def test_back_and_undo(run):
+    desk = Desk(FeedbackStore(run))
+    assert desk.back("ann", "") is None
+    done = []
+    for _ in range(2):
+        item = desk.next("ann")[0]
+        for slot in item["slots"]:
+            desk.judge("ann", slot["id"], "good")
+            time.sleep(0.002)  # times are kept to the millisecond
+        done.append(item["item"])
+    last = desk.back("ann", "")
+    assert last["item"] == done[1] and [slot["verdict"] for slot in last["slots"]] == ["good"] * len(last["slots"])
+    first = desk.back("ann", min(slot["time"] for slot in last["slots"]))
+    assert first["item"] == done[0]
+    assert desk.back("ann", min(slot["time"] for slot in first["slots"])) is None and desk.back("bob", "") is None
+    image = first["slots"][0]["id"]
+    before = desk.progress("ann")["done"]
+    assert desk.judge("ann", image, "bad")["progress"]["done"] == before  # changed, not added
+    assert desk.judge("ann", image, None)["progress"]["done"] == before - 1  # taken back
+    assert desk.judge("ann", image, None)["progress"]["done"] == before - 1  # nothing to take back
+    assert ("ann", image) not in kept(run) and desk.next("ann")[0]["item"] == done[0]
+    desk.store.close()
+
+
+def test_speed(run):
+    desk = Desk(FeedbackStore(run))
+    assert desk.progress("ann")["speed"] is None
+    for image, second in enumerate((0, 6, 12, 4000, 4006), 1):  # a long break counts as a minute
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(second))
+        desk.store.database.execute("INSERT INTO labels VALUES (?, 'ann', 'good', ?)", (image, moment))
+    assert desk.progress("ann")["speed"] == pytest.approx(60 * 4 / (6 + 6 + 60 + 6), rel=1e-4)
+    desk.store.close()
+
+
+# ----------------------------------------------------------------------------------------------------- what is kept
+def label_all(port: int, labeller: str, verdict, acknowledged: list) -> None:
+    try:
+        while items := ask(port, f"/api/next?labeller={labeller}")[1]["items"]:
+            for slot in items[0]["slots"]:
+                if post(port, labeller, slot["id"], verdict(slot["id"]))[0] == 200:
+                    acknowledged.append((labeller, slot["id"]))
+    except (OSError, http.client.HTTPException):
+        pass  # the server was killed
+
+
+def test_two_labellers_at_once(run):
+    lists = {"ann": [], "bob": []}
+    with served(Desk(FeedbackStore(run))) as port:
+        verdicts = {"ann": lambda i: "good", "bob": lambda i: ("good", "bad", "skip")[i % 3]}
+        threads = [threading.Thread(target=label_all, args=(port, n, verdicts[n], lists[n])) for n in lists]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        lines = ask(port, "/api/summary")[1]["lines"]
+    assert all(sorted(image for _, image in rows) == list(range(1, 13)) for rows in lists.values())
+    assert kept(run) == {(name, i): verdicts[name](i) for name in lists for i in range(1, 13)}
+    # Ann always says good: Bob agrees on a third, which is what chance would have
+    assert lines == [
+        "24 labels by 2 labellers on 12 of 12 images",
+        "2 labellers agree on 33% of 12 images (Cohen's kappa: 0.00)",
+    ]
+
+
+@contextmanager
+def process(folder: Path):
+    """The command in a process of its own, and its port."""
+    command = [sys.executable, "-m", "minialign.label", folder, "--port", "0", "--no-browser"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        yield started, int(re.search(r"127\.0\.0\.1:(\d+)/", started.stdout.readline())[1])
+    finally:
+        started.kill()
+        started.communicate()
+
+
+def test_a_full_disk_and_a_killed_server_lose_nothing_that_was_acknowledged(tmp_path):
+    run = make_run(tmp_path / "run", {f"prompt {i}": 1 for i in range(3)})
+    store = FeedbackStore(run)
+    store.add_images((f"more {i // 3}", f"images/{i % 3:03d}.png", 1000 + i) for i in range(1500))
+    store.close()
+    acknowledged: list[tuple[str, int]] = []
+    with process(run) as (started, port):
+        size = (run / "feedback.sqlite").stat().st_size
+        resource.prlimit(started.pid, resource.RLIMIT_FSIZE, (size + 100_000, resource.RLIM_INFINITY))
+        refused = None
+        for image in range(1, 1500):
+            status, told, _ = post(port, "ann", image, "good")
+            if status != 200:
+                refused = status, told["error"]
+                break
+            acknowledged.append(("ann", image))
+        assert refused == (507, "not saved: the disk is full or cannot be written; make room and judge again")
+        assert acknowledged and set(kept(run)) == set(acknowledged)
+        resource.prlimit(started.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert post(port, "ann", image, "good")[0] == 200  # there is room again
+        lists = {"bob": [], "cy": []}
+        threads = [threading.Thread(target=label_all, args=(port, n, lambda i: "bad", lists[n])) for n in lists]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + 60
+        while sum(map(len, lists.values())) < 400 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        started.send_signal(signal.SIGKILL)
+        for thread in threads:
+            thread.join()
+    done = {("ann", image), *acknowledged, *(row for rows in lists.values() for row in rows)}
+    assert 400 <= len(done) - len(acknowledged) - 1 < 2 * 1503
+    found = set(kept(run))
+    assert done <= found and len(found - done) <= 2  # what was on its way, one a labeller
+    database = sqlite3.connect(run / "feedback.sqlite")
+    assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    database.close()
+
+
+def test_a_store_that_is_held_by_another(run, monkeypatch):
+    desk = Desk(FeedbackStore(run))
+    desk.store.database.execute("PRAGMA busy_timeout=50")
+    holder = sqlite3.connect(run / "feedback.sqlite", isolation_level=None)
+    with served(desk) as port:
+        holder.execute("BEGIN IMMEDIATE")
+        assert post(port, "ann", 1, "good")[0] == 503
+        holder.execute("ROLLBACK")
+        assert post(port, "ann", 1, "good")[0] == 200
+    holder.close()
+
+
+def test_images_that_are_gone_or_others(run):
+    with served(Desk(FeedbackStore(run))) as port:
+        status, content, headers = ask(port, "/image/1")
+        assert (status, headers["Content-Type"], content) == (200, "image/png", (run / "images/000.png").read_bytes())
+        assert headers["Cache-Control"] == "no-store" and headers["X-Content-Type-Options"] == "nosniff"
+        (run / "images/000.png").unlink()
+        assert ask(port, "/image/1")[:2] == (410, {"error": "the image is gone: images/000.png"})
+        shutil.copy(run / "images/002.png", run / "images/001.png")
+        assert ask(port, "/image/2")[0] == 409 and "SHA-256" in ask(port, "/image/2")[1]["error"]
+        (run / "images/003.png").write_text("<script>")
+        assert ask(port, "/image/4")[0] == 415
+        (run / "images/004.png").unlink()
+        (run / "images/004.png").mkdir()
+        assert ask(port, "/image/5")[0] == 410
+        assert post(port, "ann", 1, "skip")[0] == 200  # labelling goes on
+        assert ask(port, "/image/3")[0] == 200
+
+
+# -------------------------------------------------------------------------------------------------- who is refused
+def test_nothing_outside_the_run_is_shown(run, tmp_path):
+    secret = tmp_path / "elsewhere" / "secret.png"
+    secret.parent.mkdir()
+    Image.new("RGB", (4, 4)).save(secret)
+    (run / "images/link.png").symlink_to(secret)
+    names = ["../elsewhere/secret.png", str(secret), "images/../../elsewhere/secret.png", "images/link.png", "\x00"]
+    store = FeedbackStore(run)
+    for name in names:
+        store.database.execute("INSERT INTO images (prompt, path) VALUES (1, ?)", (name,))
+    with served(Desk(store)) as port:
+        assert [ask(port, f"/image/{13 + i}")[0] for i in range(5)] == [403, 403, 403, 403, 415]
+        for path in (
+            "/../feedback.sqlite",
+            "/feedback.sqlite",
+            "//etc/passwd",
+            "/image/../label.py",
+            "/%2e%2e/x",
+            "/image/99",
+        ):
+            assert ask(port, path)[0] == 404, path
+    with served(Desk(FeedbackStore(run), [secret.parent])) as port:  # --images
+        assert [ask(port, f"/image/{13 + i}")[0] for i in range(4)] == [200] * 4
+
+
+GOOD = {"labeller": "ann", "image": 1, "verdict": "good"}
+REFUSED = [
+    (403, "/", None, {"Host": "evil.example"}),
+    (403, "/", None, {"Host": "evil.example:8765"}),
+    (403, "/", None, {"Host": ""}),
+    (403, "/", None, {"Host": "[::1"}),
+    (403, "/api/judge", GOOD, {"Origin": "http://evil.example"}),
+    (403, "/api/judge", GOOD, {"Origin": "null"}),
+    (403, "/api/judge", GOOD, {"Origin": "http://127.0.0.1:1"}),
+    (415, "/api/judge", GOOD, {"Content_Type": "text/plain"}),
+    (415, "/api/judge", GOOD, {"Content_Type": "application/x-www-form-urlencoded"}),
+    (400, "/api/judge", b"{", {}),
+    (400, "/api/judge", b"[" * 4000, {}),
+    (400, "/api/judge", b"\xff\xfe", {}),
+    (400, "/api/judge", [], {}),
+    (400, "/api/judge", {"labeller": "ann"}, {}),
+    (400, "/api/judge", GOOD | {"image": "1"}, {}),
+    (400, "/api/judge", GOOD | {"image": True}, {}),
+    (400, "/api/judge", GOOD | {"image": 1.0}, {}),
+    (404, "/api/judge", GOOD | {"image": 10**30}, {}),
+    (404, "/api/judge", GOOD | {"image": -1}, {}),
+    (404, "/api/judge", GOOD | {"image": 999}, {}),
+    (400, "/api/judge", GOOD | {"verdict": "fine"}, {}),
+    (400, "/api/judge", GOOD | {"verdict": 1}, {}),
+    (400, "/api/judge", GOOD | {"labeller": " "}, {}),
+    (400, "/api/judge", GOOD | {"labeller": "x" * 65}, {}),
+    (400, "/api/judge", GOOD | {"labeller": "a\x00b"}, {}),
+    (400, "/api/judge", GOOD | {"labeller": "\ud800"}, {}),
+    (400, "/api/judge", GOOD | {"labeller": None}, {}),
+    (413, "/api/judge", b"x" * 4097, {}),
+    (411, "/api/judge", GOOD, {"Content_Length": "-1"}),
+    (411, "/api/judge", GOOD, {"Content_Length": "9" * 30}),
+    (411, "/api/judge", GOOD, {"Transfer_Encoding": "chunked", "Content_Length": "10"}),
+    (404, "/api/other", GOOD, {}),
+    (400, "/api/next", None, {}),
+    (400, "/api/next?labeller=ann&without=1,x", None, {}),
+    (400, "/api/next?labeller=ann&without=" + ",".join("1" * 51), None, {}),
+    (404, "/api/next?labeller=ann&without=999", None, {}),
+    (400, "/api/next?" + "&".join(f"a{i}=1" for i in range(99)), None, {}),
+    (404, "/nowhere", None, {}),
+    (400, "http://[/x", None, {"Host": "localhost"}),
+    (404, "http://[/x", GOOD, {"Host": "localhost"}),
+    (414, "/" + "x" * 70_000, None, {}),
+    (501, "/", None, {"method": "DELETE"}),
+]
+
+
+def test_what_is_refused_says_so_in_one_line(run):
+    with served(Desk(FeedbackStore(run))) as port:
+        for status, path, body, how in REFUSED:
+            found, told, headers = ask(port, path, body, **how)
+            assert found == status, (path, body, how, told)
+            assert set(told) == {"error"} and told["error"] and "\n" not in told["error"]
+            assert "Traceback" not in told["error"] and headers["Connection"] == "close"
+        assert not kept(run)
+        same = {"Host": f"localhost:{port}", "Origin": f"http://localhost:{port}"}
+        assert ask(port, "/api/judge", GOOD, **same)[0] == 200 and kept(run) == {("ann", 1): "good"}
+
+
+def test_mistakes_of_the_server_are_told_to_its_terminal_alone(run, monkeypatch, capsys):
+    desk = Desk(FeedbackStore(run))
+    monkeypatch.setattr(desk, "summary", lambda: 1 / 0)
+    with served(desk) as port:
+        status, told, _ = ask(port, "/api/summary")
+        assert status == 500 and "division" not in told["error"] and "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_a_token_is_needed_where_there_is_one(run):
+    with served(Desk(FeedbackStore(run)), "0.0.0.0", token=TOKEN) as port:
+        own = {"Host": f"192.0.2.7:{port}"}  # any address may be this machine's; a name may not
+        for path in ("/", "/image/1", "/api/setup", "/label.js", f"/?token={TOKEN}x", "/?token="):
+            assert ask(port, path, **own)[0] == 401
+        assert ask(port, "/api/judge", GOOD, **own)[0] == 401
+        assert ask(port, f"/?token={TOKEN}", Host="evil.example")[0] == 403
+        status, _, headers = ask(port, f"/?token={TOKEN}", **own)
+        assert (status, headers["Location"]) == (303, "/") and "HttpOnly; SameSite=Lax" in headers["Set-Cookie"]
+        cookie = {"Cookie": headers["Set-Cookie"].split(";")[0]} | own
+        assert ask(port, "/", **cookie)[0] == 200
+        assert ask(port, "/api/judge", GOOD, **cookie)[0] == 200
+        assert ask(port, "/api/judge", GOOD, Origin="http://evil.example", **cookie)[0] == 403
+
+
+def test_the_page_asks_nobody_else():
+    for name in ("label.html", "label.css", "label.js"):
+        assert "//" not in re.sub(r"^\s*//.*|(?<=\S) // .*", "", (label.PAGE / name).read_text(), flags=re.M), name
+    assert "connect-src 'self'" in label.HEADERS["Content-Security-Policy"]
+    assert "page/*" in (ROOT / "pyproject.toml").read_text()  # installed with the package
+
+
+# ------------------------------------------------------------------------------------------------------ the command
+def command(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["label", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        run_command(label.main)
+    return ended.value.code, *capsys.readouterr()
+
+
+def test_errors_of_the_command_are_one_line(run, tmp_path, monkeypatch, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/feedback.sqlite").write_text("x" * 5000)
+    for arguments, message in (
+        ((empty,), "empty: no feedback.sqlite in it; accepted: a run's folder"),
+        ((tmp_path / "broken",), "feedback.sqlite: cannot be used"),
+        ((run, "--port", "70000"), "'70000'; accepted: a whole number from 0 to 65535"),
+        ((run, "--host", "0.0.0.0"), "--host 0.0.0.0: others could reach it, so --token is needed too"),
+        ((run, "--host", "example.org"), "--token is needed too"),
+        ((run, "--token", "short"), "accepted: 16 to 128 letters"),
+        ((run, "--labeller", " "), "accepted: a name of 1 to 64 characters"),
+        ((run, "--compare", tmp_path / "none"), "--compare"),
+        ((run, "--compare", empty), "its store holds no image of a prompt that is in"),
+        ((run, "--images", tmp_path / "none"), "not a folder"),
+        ((run, "--export", tmp_path / "labels.txt"), "accepted: a name that ends in .csv or .jsonl"),
+        ((run, "--import", tmp_path / "labels.csv"), "labels.csv: cannot be read"),
+        ((run, "--export", "a.csv", "--summary"), "not allowed with"),
+    ):
+        code, out, err = command(monkeypatch, capsys, *arguments)
+        assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+    with served(Desk(FeedbackStore(run))) as port:
+        assert "cannot be listened on" in command(monkeypatch, capsys, run, "--port", port)[2]
+
+
+def test_labels_go_out_and_in_by_command(run, tmp_path, monkeypatch, capsys):
+    store = FeedbackStore(run)
+    store.add_labels("ann", [(1, "good"), (2, "bad"), (3, "skip")])
+    store.close()
+    code, out, _ = command(monkeypatch, capsys, run, "--export", tmp_path / "labels.jsonl")
+    assert code == 0 and out.endswith("labels.jsonl: 3 labels\n")
+    code, out, _ = command(monkeypatch, capsys, tmp_path / "new", "--import", tmp_path / "labels.jsonl")
+    assert code == 0 and "3 new labels" in out
+    assert kept(tmp_path / "new") == {("ann", 1): "good", ("ann", 2): "bad", ("ann", 3): "skip"}
+    code, out, _ = command(monkeypatch, capsys, run, "--summary")
+    assert out == "3 labels by 1 labeller on 3 of 12 images\nno image was judged by two labellers yet\n"
+
+
+def test_flags_in_the_documents_exist(capsys):
+    with pytest.raises(SystemExit):
+        label.parse_arguments(["--help"])
+    told = capsys.readouterr().out
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    lines = [line for page in pages for line in re.findall(r"minialign\.label[^`\n#&]*", page.read_text())]
+    assert lines and all(flag in told for line in lines for flag in re.findall(r"--[\w-]+", line))
+
+
+# ------------------------------------------------------------------------------------------------- blind comparison
+def test_pairs_are_matched_by_prompt_and_seed_else_by_prompt(run, tmp_path):
+    other = make_run(tmp_path / "other", {"two dogs": 2, "a cat": 2, "a horse": 2}, color=200)
+    store = FeedbackStore(other)
+    store.database.execute("UPDATE images SET seed = NULL WHERE prompt = 2")
+    dogs = [image.path for image in store.images() if image.prompt == "two dogs"]
+    here = FeedbackStore(run)
+    mine = {image.path.name: image for image in here.images()}
+    seeds = [mine["007.png"].seed, 12345]  # the first dog there was drawn from the seed of our third
+    assert mine["007.png"].prompt == "two dogs"
+    for path, seed in zip(dogs, seeds):
+        store.database.execute("UPDATE images SET seed = ? WHERE path = ?", (seed, f"images/{path.name}"))
+    store.close()
+    pairs = label.match(here, other)
+    named = {Path(here.images()[image - 1].file).name: Path(path).name for image, path in pairs.items()}
+    assert named == {"007.png": dogs[0].name, "000.png": "001.png", "003.png": "004.png"}
+    (other / "images/004.png").unlink()
+    assert len(label.match(here, other)) == 2
+    plain = tmp_path / "plain"
+    shutil.copytree(other / "images", plain)
+    assert {i: Path(path).name for i, path in label.match(here, plain).items()} == {
+        1: "000.png",
+        2: "001.png",
+        3: "002.png",
+        4: "003.png",
+        6: "005.png",
+    }
+    here.close()
+
+
+def test_a_comparison_is_blind_and_kept(tmp_path, monkeypatch, capsys):
+    prompts = {f"prompt {i}": 2 for i in range(10)}
+    run = make_run(tmp_path / "run", prompts)
+    other = make_run(tmp_path / "other", prompts, color=200)
+    desk = ComparingDesk(FeedbackStore(run), other)
+    assert desk.summary() == ["nothing decided yet; 0 ties"]
+    ours = {(run / "images" / f"{i:03d}.png").read_bytes() for i in range(20)}
+    sides, chosen = Counter(), {}
+    with served(desk) as port:
+        while items := ask(port, "/api/next?labeller=ann")[1]["items"]:
+            item = items[0]
+            (slot,) = item["slots"]
+            left, right = (ask(port, path)[1] for path in slot["images"])
+            assert (left in ours) != (right in ours)
+            told = json.dumps(item)  # the same words whatever the side
+            assert told == json.dumps(
+                {
+                    "item": slot["id"],
+                    "prompt": item["prompt"],
+                    "slots": [
+                        {
+                            "id": slot["id"],
+                            "images": [f"/image/{slot['id']}/left", f"/image/{slot['id']}/right"],
+                            "verdict": None,
+                            "time": None,
+                        }
+                    ],
+                }
+            )
+            side = "left" if left in ours else "right"
+            sides[side] += 1
+            number = len(chosen)
+            verdict = "tie" if number < 4 else side if number < 16 else {"left": "right", "right": "left"}[side]
+            assert post(port, "ann", slot["id"], verdict)[0] == 200
+            chosen[slot["id"]] = ("tie" if number < 4 else "this" if number < 16 else "other", side)
+        assert post(port, "ann", 1, "good")[0] == 400
+        assert ask(port, "/image/1")[0] == 404
+        last = ask(port, "/api/back?labeller=ann")[1]["item"]["slots"][0]
+        assert last["verdict"] == {"left": "right", "right": "left"}[chosen[last["id"]][1]]
+        (other / "images/000.png").unlink()
+        assert 410 in (answers := {ask(port, f"/image/1/{side}")[0] for side in ("left", "right")}) and 200 in answers
+        error = next(
+            told for told in (ask(port, f"/image/1/{side}")[1] for side in ("left", "right")) if isinstance(told, dict)
+        )
+        assert error == {"error": "the image cannot be shown"}
+    assert len(chosen) == 20 and min(sides["left"], sides["right"]) >= 4
+    store = FeedbackStore(run)
+    rows = store.database.execute("SELECT image, verdict, side, labeller, other FROM comparisons").fetchall()
+    assert {i: (verdict, side) for i, verdict, side, *_ in rows} == chosen
+    assert {row[3:] for row in rows} == {("ann", str(other))} and not kept(run)
+    store.close()
+    # 12 of 16 decided: Wilson's interval in closed form
+    n, p, z = 16, 12 / 16, 1.96
+    middle, half = (
+        (p + z * z / (2 * n)) / (1 + z * z / n),
+        z / (1 + z * z / n) * sqrt(p * (1 - p) / n + z * z / (4 * n * n)),
+    )
+    _, out, _ = command(monkeypatch, capsys, run, "--compare", other, "--summary")
+    assert (
+        f"wins 75% of 16 decided comparisons with {other} (95 % interval {middle - half:.0%} to {middle + half:.0%})"
+        in out
+    )
+    assert "12 won, 4 lost, 4 ties" in out
+    command(monkeypatch, capsys, run, "--compare", other, "--export", tmp_path / "pairs.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert len(lines) == 20 and lines[0] == {
+        "prompt": "prompt 0", "image": "run/images/000.png", "other": "other/images/000.png",
+        "verdict": chosen[1][0], "side": chosen[1][1], "labeller": "ann", "time": lines[0]["time"], "seed": 0,
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- a browser
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium, driven by selenium. MINIALIGN_BROWSER=required makes its absence a failure."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    driver = shutil.which("chromedriver")
+    try:
+        from selenium import webdriver
+    except ImportError:
+        webdriver = None
+    if not (chromium and driver and webdriver):
+        names = {"selenium": webdriver, "chromium": chromium, "chromedriver": driver}
+        reason = f"no browser to test in: {', '.join(name for name, found in names.items() if not found)} is not here"
+        (pytest.fail if os.environ.get("MINIALIGN_BROWSER") == "required" else pytest.skip)(reason)
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--disable-gpu",
+        "--window-size=1280,800",
+    ):
+        options.add_argument(flag)
+    started = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield started
+    started.quit()
+
+
+def wait(browser, script: str, *given) -> object:
+    """What a script returns once it is true."""
+    deadline = time.monotonic() + 20
+    while not (found := browser.execute_script(script, *given)):
+        assert time.monotonic() < deadline, (script, browser.execute_script("return document.body.innerText"))
+        time.sleep(0.01)
+    return found
+
+
+IDLE = "return document.readyState === 'complete' && !moving && waiting === 0 && (item !== null || !$('end').hidden)"
+
+
+def press(browser, *keys: str) -> None:
+    for key in keys:
+        wait(browser, IDLE)
+        browser.switch_to.active_element.send_keys(key)
+        time.sleep(0.02)
+    wait(browser, IDLE)
+
+
+def test_a_dozen_images_by_keyboard(browser, run):
+    from selenium.webdriver.common.keys import Keys
+
+    with served(Desk(FeedbackStore(run))) as port:
+        browser.get(f"http://127.0.0.1:{port}/")
+        wait(browser, "return !$('begin').hidden && document.activeElement.id === 'name'")
+        browser.switch_to.active_element.send_keys("Ann ", Keys.ENTER)
+        expected: dict[int, str] = {}
+        pick = random.Random(0)
+
+        def judge(number: int) -> None:
+            for _ in range(number):
+                wait(browser, IDLE)
+                image = browser.execute_script("return slot().id")
+                verdict = pick.choice(["good", "bad", "skip"])
+                expected[image] = verdict
+                press(browser, verdict[0])
+
+        judge(5)
+        assert {image: verdict for (_, image), verdict in kept(run).items()} == expected
+        press(browser, "u")
+        undone = browser.execute_script("return slot().id")
+        del expected[undone]
+        assert {image: verdict for (_, image), verdict in kept(run).items()} == expected
+        browser.refresh()  # goes on where it was, without the name being asked for
+        judge(3)
+        press(browser, "z")
+        assert browser.execute_script("return $('zoom').open && $('large').querySelector('img').naturalWidth === 16")
+        press(browser, "z", "?")
+        assert browser.execute_script("return $('keys').open")
+        press(browser, Keys.ESCAPE)
+        browser.refresh()
+        press(browser, "u")  # after a reload the server's last one is undone
+        del expected[browser.execute_script("return slot().id")]
+        before = browser.execute_script("return item.item")
+        press(browser, "p")
+        assert browser.execute_script("return item.item") != before
+        image = browser.execute_script("return slot().id")  # a changed mind, changed back
+        other = "good" if expected[image] == "bad" else "bad"
+        press(browser, other[0])
+        assert kept(run)["Ann", image] == other
+        press(browser, "u")
+        assert kept(run)["Ann", image] == expected[image]
+        press(browser, "n")
+        assert browser.execute_script("return item.item") == before
+        judge(12 - len(expected))
+        wait(browser, "return !$('end').hidden && document.querySelectorAll('#summary li').length === 2")
+        assert "All done, thank you" in browser.execute_script("return document.body.innerText")
+        assert kept(run) == {("Ann", image): verdict for image, verdict in expected.items()} and len(expected) == 12
+        severe = [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
+        assert severe == []
+
+
+@pytest.mark.slow
+def test_what_the_page_says_where_something_is_wrong(browser, tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", {"a cat": 3, "two dogs": 3})
+    desk = Desk(FeedbackStore(run))
+    with served(desk, labeller="Bob") as port:
+        browser.get(f"http://127.0.0.1:{port}/")
+        wait(browser, IDLE)
+        first = browser.execute_script("return slot().id")
+        add, calls = desk.store.add_labels, []
+
+        def full_once(*given):
+            calls.append(given)
+            if len(calls) > 1:
+                return add(*given)
+            time.sleep(0.3)  # the next keys come meanwhile
+            raise sqlite3.OperationalError("database or disk is full")
+
+        monkeypatch.setattr(desk.store, "add_labels", full_once)
+        for key in "ggg":  # the two behind the first must not hit other images
+            browser.switch_to.active_element.send_keys(key)
+        told = wait(browser, "return waiting === 0 && !$('error').hidden && $('error').textContent")
+        assert told.startswith("Not saved: the disk is full") and "\n" not in told
+        assert browser.execute_script("return slot().id") == first
+        assert not browser.execute_script("return document.querySelector('.mark')") and not kept(run)
+        press(browser, "b")
+        assert kept(run) == {("Bob", first): "bad"} and browser.execute_script("return $('error').hidden")
+        for path in (run / "images").iterdir():
+            path.unlink()
+        browser.refresh()
+        wait(browser, IDLE)
+        assert "The image is gone" in wait(browser, "return $('cards').textContent")
+        press(browser, "g")
+        assert "skip it" in browser.execute_script("return $('error').textContent") and len(kept(run)) == 1
+        press(browser, "s")
+        assert len(kept(run)) == 2
+        passed = set()
+        for _ in range(5):  # what is passed over comes back
+            passed.add(browser.execute_script("return item.item"))
+            press(browser, "n")
+        assert len(passed) == 2 and len(kept(run)) == 2
+
+
+@pytest.mark.slow
+def test_pairs_by_keyboard_and_on_a_phone(browser, run, tmp_path):
+    from selenium.webdriver.common.keys import Keys
+
+    other = make_run(tmp_path / "other", {"a cat": 3, "two dogs": 4, "a red cow": 5}, color=200)
+    desk = ComparingDesk(FeedbackStore(run), other)
+    with served(desk, labeller="Cy") as port:
+        browser.get(f"http://127.0.0.1:{port}/")
+        keys = {"left": Keys.ARROW_LEFT, "tie": Keys.ARROW_DOWN, "right": Keys.ARROW_RIGHT}
+        shown = {}
+        for i in range(6):
+            wait(browser, IDLE)
+            image, verdict = browser.execute_script("return slot().id"), list(keys)[i % 3]
+            shown[image] = "tie" if verdict == "tie" else "this" if verdict == desk.side(image) else "other"
+            press(browser, keys[verdict])
+        rows = desk.store.database.execute("SELECT image, verdict FROM comparisons WHERE labeller = 'Cy'")
+        assert dict(rows) == shown
+        size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        try:
+            browser.refresh()
+            wait(browser, IDLE)
+            assert browser.execute_script("return document.documentElement.scrollWidth <= 390")
+            sizes = browser.execute_script(
+                "return [...$('dock').children].map(b => b.getBoundingClientRect()).map(r => [r.height, r.bottom])"
+            )
+            assert all(height >= 44 and bottom <= 844 for height, bottom in sizes)  # a thumb reaches them
+            browser.execute_script("$('dock').lastChild.click()")
+            wait(browser, "return waiting === 0 && past.length === 1")
+        finally:
+            browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
