@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from minialign import CLIP, Pipeline, RewardModel
+from minialign.data import ImageFiles
 from minialign.evaluate import judge_both
 from minialign.feedback import FeedbackStore
 from minialign.finetune import finetune_pipeline
@@ -38,7 +39,7 @@ def main() -> None:
     settings = json.loads((run / "config.json").read_text())["settings"]
     task = shapes_task(*(settings[key] for key in ("images", "labels", "test_images", "pretrain_images", "seed")))
     images = FeedbackStore(run).images()
-    pictures = [Image.open(image.path).convert("RGB") for image in images]
+    pictures = ImageFiles([image.path for image in images])
     prompts = [image.prompt for image in images]
     scored = read_weights(run / "cache" / "reward.safetensors")
     reward = scored["reward"]
@@ -55,8 +56,17 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)  # or its checkpoints would be gone on with
         write_tensors(folder / "cache" / "reward.safetensors", scored | {"reward": weight})
         pipe = Pipeline.from_pretrained()
-        finetune_pipeline(pipe, task, pictures, prompts, settings | {"weighting": "reward"}, folder, lambda row: None)
-        judged = judge_both(Pipeline.from_pretrained(), pipe, task, clip, judge, sampling, folder)
+        how = settings | {"weighting": "reward"}
+        finetune_pipeline(pipe, task, pictures, prompts, how, folder, lambda row: None, run / "cache")
+        judged = judge_both(
+            Pipeline.from_pretrained,
+            partial(Pipeline.from_pretrained, folder / "model"),
+            task,
+            clip,
+            judge,
+            sampling,
+            folder,
+        )  # fmt: skip
         row = [name, f"{predicted:.1%}"]
         for group in ("overall", "seen"):
             before, after = (judged["alignment"][side][group] for side in ("before", "after"))

@@ -105,6 +105,10 @@ class NoiseSchedule:
             raise ValueError("scheduler config: betas out of range; accepted: 0 to 1")
         return cls(torch.cumprod(1 - betas, dim=0), c)
 
+    def to(self, device: torch.device) -> NoiseSchedule:
+        """The schedule with its table on `device`, where training would otherwise copy it at every step."""
+        return NoiseSchedule(self.alphas_cumprod.to(device), self.config)
+
     def _signal_and_noise(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(abar_t) and sqrt(1 - abar_t), shaped to multiply `like` (B,...)."""
         abar = self.alphas_cumprod.to(like.device, _precise(like.dtype))[t]

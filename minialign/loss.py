@@ -46,7 +46,8 @@ class _WeightedSquaredError(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-        difference = (prediction.float() - target).float().flatten(1)
+        single = prediction.dtype in (torch.float32, torch.float64)  # whose float() is no copy to work in
+        difference = ((prediction - target).float() if single else prediction.float().sub_(target)).flatten(1)
         ctx.save_for_backward(difference, weight)
         ctx.like = prediction.shape, prediction.dtype
         # a norm needs no copy of the squares, and autocast leaves it in float32 where a matrix product would not stay
@@ -56,4 +57,6 @@ class _WeightedSquaredError(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         difference, weight = ctx.saved_tensors
         shape, dtype = ctx.like
-        return (difference * (2 * grad * weight)[:, None]).to(dtype).reshape(shape), None, None
+        out = torch.empty_like(difference, dtype=dtype)
+        torch.mul(difference, (2 * grad * weight)[:, None], out=out)
+        return out.reshape(shape), None, None

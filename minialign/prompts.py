@@ -3,28 +3,37 @@
 The paper (Lee et al. 2023, section 3.1) asks for four things in a picture: the number of objects, their
 color, the background, and combinations of the three. A `Grammar` holds the words; a `Prompt` is one sentence of it
 together with the words it fixes, so that a contrastive prompt (another count, color, background or object) is found
-by exchanging words instead of by asking a language model.
+by exchanging words instead of by asking a language model. SHAPES are the embedded world's words, PAPER the paper's;
+of any other sentence the contrastive prompts are the sentences beside it (`contrastive_texts`).
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 CATEGORIES = ("count", "color", "background", "combination")
 ATTRIBUTES = ("count", "color", "object", "background")
+PLURALS = {"wolf": "wolves", "box": "boxes"}  # of objects that do not add an s
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """The words of a prompt; `backgrounds` are whole phrases such as "in the snow", `counts` start at one."""
+    """The words of a prompt; `backgrounds` are whole phrases such as "in the snow", `counts` start at one.
+
+    `colored`: color prompts say "a green colored dog" in place of "a green dog". `combinations`: how many combination
+    prompts are in use, drawn at random once and for all; None is all of them.
+    """
 
     counts: tuple[str, ...]
     colors: tuple[str, ...]
     objects: tuple[str, ...]
     backgrounds: tuple[str, ...]
+    colored: bool = False
+    combinations: int | None = None
 
     def words(self, attribute: str) -> tuple[str, ...]:
         """All words of one of ATTRIBUTES."""
@@ -41,12 +50,14 @@ class Prompt:
     count: str | None = None
     color: str | None = None
     background: str | None = None
+    colored: bool = False  # says "green colored" for "green"
 
     @property
     def text(self) -> str:
-        words = [self.count or "a", self.color, self.object, self.background]
+        color = f"{self.color} colored" if self.colored else self.color
+        words = [self.count or "a", color, self.object, self.background]
         if self.count not in (None, "one"):
-            words[2] = self.object + "s"
+            words[2] = PLURALS.get(self.object, self.object + "s")
         if words[0] == "a" and (self.color or self.object)[0] in "aeiou":
             words[0] = "an"
         return " ".join(word for word in words if word)
@@ -58,12 +69,31 @@ SHAPES = Grammar(
     objects=("circle", "square", "triangle", "star"),
     backgrounds=("at night", "on the grass", "in the snow", "on the sand"),
 )
+# Recalled of Lee et al. 2023, not copied from it: the four categories, counts from one to six, "a green colored dog",
+# the places, the first seven objects, some 2,700 prompts. Ours: the other objects, the colors, the prepositions, the
+# combinations drawn at random, and how many: `split` then has 2,702 seen prompts, as many as the paper's.
+PAPER = Grammar(
+    counts=("one", "two", "three", "four", "five", "six"),
+    colors=("red", "yellow", "green", "blue", "black", "pink", "purple", "white", "brown"),
+    objects=(
+        "dog", "cat", "bird", "tiger", "lion", "rabbit", "wolf", "bear", "horse", "car", "airplane", "bicycle", "chair",
+        "clock", "cup", "vase", "plate", "box", "backpack", "cake", "donut", "apple", "orange", "rose", "tree",
+    ),
+    backgrounds=(
+        "in the forest", "in the city", "on the moon", "in the field", "in the sea", "on the table", "in the desert",
+        "in San Francisco",
+    ),
+    colored=True,
+    combinations=3745,
+)  # fmt: skip
+GRAMMARS = (SHAPES, PAPER)  # that `recognise` knows
 
 
 def all_prompts(grammar: Grammar) -> list[Prompt]:
-    """Every prompt of the grammar, category by category, in a fixed order."""
+    """Every prompt of the grammar, category by category, in a fixed order; of combinations also those not in use."""
+    colored = grammar.colored
     prompts = [Prompt("count", thing, count=n) for n in grammar.counts for thing in grammar.objects]
-    prompts += [Prompt("color", thing, color=c) for c in grammar.colors for thing in grammar.objects]
+    prompts += [Prompt("color", thing, color=c, colored=colored) for c in grammar.colors for thing in grammar.objects]
     prompts += [Prompt("background", thing, background=b) for b in grammar.backgrounds for thing in grammar.objects]
     prompts += [
         Prompt("combination", thing, count=n, color=c, background=b)
@@ -76,14 +106,17 @@ def all_prompts(grammar: Grammar) -> list[Prompt]:
 
 
 def split(grammar: Grammar, seed: int = 0) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
-    """Every prompt in one of three sets: 5/8 seen, 1/4 unseen, 1/8 others, of each category's combinations of words.
+    """Every prompt in use in one of three sets: 5/8 seen, 1/4 unseen, 1/8 others, of each category's combinations.
 
-    Feedback is on seen prompts, tests are on seen and unseen ones, captions of pre-training pairs are the others.
+    What is held out are combinations of words: each word itself is in seen prompts too. Feedback is on seen prompts,
+    tests are on seen and unseen ones, captions of pre-training pairs are the others.
     """
     rng = random.Random(seed)
     seen, unseen, others = [], [], []
     for category in CATEGORIES:
         prompts = [p for p in all_prompts(grammar) if p.category == category]
+        if category == "combination" and grammar.combinations is not None:
+            prompts = random.Random(0).sample(prompts, grammar.combinations)  # whatever the seed
         rng.shuffle(prompts)
         quarter, eighth = len(prompts) // 4, len(prompts) // 8
         unseen += prompts[:quarter]
@@ -95,7 +128,8 @@ def split(grammar: Grammar, seed: int = 0) -> tuple[list[Prompt], list[Prompt], 
 def exchange(prompt: Prompt, attribute: str, grammar: Grammar, rng: random.Random) -> Prompt:
     """The same prompt with another word for `attribute`, which the prompt must fix."""
     others = [word for word in grammar.words(attribute) if word != getattr(prompt, attribute)]
-    return replace(prompt, **{attribute: rng.choice(others)})
+    changed: dict[str, Any] = {attribute: rng.choice(others)}
+    return replace(prompt, **changed)
 
 
 def contrastive(prompt: Prompt, number: int, grammar: Grammar, rng: random.Random) -> list[Prompt]:
@@ -128,6 +162,21 @@ def corrupt(prompt: Prompt, noise: Mapping[str, float], grammar: Grammar, rng: r
 def parse(text: str, grammar: Grammar) -> Prompt | None:
     """The grammar's prompt whose text this is, or None for any other sentence."""
     return _index(grammar).get(text)
+
+
+def recognise(text: str) -> tuple[Prompt, Grammar] | None:
+    """The prompt of one of GRAMMARS whose text this is, and that grammar; None for any other sentence."""
+    found = ((parse(text, grammar), grammar) for grammar in GRAMMARS)
+    return next(((prompt, grammar) for prompt, grammar in found if prompt is not None), None)
+
+
+def contrastive_texts(text: str, number: int, others: Sequence[str], rng: random.Random) -> list[str]:
+    """At most `number` different sentences of other semantics than `text`: by its grammar, else from `others`."""
+    known = recognise(text)
+    if known is not None:
+        return [prompt.text for prompt in contrastive(known[0], number, known[1], rng)]
+    different = [other for other in dict.fromkeys(others) if other != text]
+    return rng.sample(different, min(number, len(different)))
 
 
 @cache

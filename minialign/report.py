@@ -30,18 +30,11 @@ SIDES = ("before", "after")
 MARKS = {"good": "✓ good", "bad": "✗ bad", "skip": "– skip"}  # a sign and a word: color alone would not do
 SHOWN, LARGEST = 6, 256  # pairs of a category before the fold; pixels of the longer side of a picture in the page
 FLAGS = (
-    "out",
-    "model",
-    "feedback",
-    "clip",
-    "seed",
-    "steps",
-    "beta",
-    "batch_size",
-    "learning_rate",
-    "dtype",
-    "checkpoint_every",
-)
+    "out", "model", "feedback", "pretrain", "clip", "recipe", "seed", "steps", "beta", "batch_size", "learning_rate",
+    "lr_schedule", "warmup", "weighting", "tau", "clip_norm", "ema", "prompt_dropout", "min_snr", "noise_offset",
+    "lora", "sampling_steps", "guidance", "draw_batch", "test_images", "dtype", "accumulate",
+    "gradient_checkpointing", "compile", "parallel", "checkpoint_every", "keep", "validate_every",
+)  # fmt: skip
 COSTS = {  # key in results.json: name, meaning, format
     "fidelity": ("Fréchet distance", "of CLIP image features to {}: lower is better", "{:.3g}"),
     "diversity": ("Diversity", "CLIP distance between images of one prompt: higher is more varied", "{:.3g}"),
@@ -116,7 +109,8 @@ def write_report(run: Path) -> Path:
     body = [_alignment(found), _reward(found), _training(run / "metrics.jsonl"), _time(found)]
     if "<svg" not in "".join(body):
         body.insert(0, NO_CHARTS)
-    body = [_opening(found), _pairs(run, samples.get("samples") or []), *body, _settings(run, found, config), PAPER]
+    pictures = [_pairs(run, samples.get("samples") or []), _rounds(found.get("rounds", [])), _validation(run)]
+    body = [_opening(found), *pictures, *body, _settings(run, found, config), PAPER]
     path = run / "report.html"
     with atomic(path) as temporary:
         page = f"{HEAD}<title>minialign: {escape(run.resolve().name)}</title><style>{STYLE}</style></head>\n<body>\n"
@@ -185,15 +179,41 @@ def _pairs(run: Path, samples: list[dict[str, Any]]) -> str:
     return f"<h2>Before and after</h2><p>{lead}</p>{body}" if body else ""
 
 
-def _picture(path: Path, alt: str) -> str:
+def _rounds(rounds: Sequence[dict[str, Any]]) -> str:
+    """What each round of a run changed, from the model of the one before."""
+    rows = []
+    for number, one in enumerate(rounds, 1):
+        sides = [one["alignment"][side]["overall"] for side in SIDES]
+        costs = [one[key].get("after") if one.get(key) else None for key in ("fidelity", "diversity", "mean_reward")]
+        numbers = [*(f"{value:.1%}" for value in sides), _points(*one["alignment"]["ci95"]["gain"]["overall"])]
+        rows.append((f"{number}", *numbers, *("–" if value is None else f"{value:.3g}" for value in costs)))
+    header = ("round", "aligned before", "after", "gain, 95%", "Fréchet distance", "diversity", "mean reward")
+    links = [f'<a href="round-{i}/report.html">round {i}</a>' for i in range(2, len(rounds) + 1)]
+    more = f"<p>Each with its own report: {', '.join(links)}.</p>"
+    return f"<h2>Rounds</h2>{_table(header, rows)}{more}" if rows else ""
+
+
+def _validation(run: Path) -> str:
+    """Grids that were drawn in the course of the fine-tuning, the first, the middle and the last."""
+    grids = sorted((run / "validation").glob("step-*.png"), key=lambda path: int(path.stem[5:]))
+    chosen = sorted({0, len(grids) // 2, len(grids) - 1}) if grids else []
+    shown = [
+        f"<figure><figcaption>Step {grids[i].stem[5:]}</figcaption>"
+        f"{_picture(grids[i], f'images at step {grids[i].stem[5:]}', 2 * LARGEST)}</figure>"
+        for i in chosen
+    ]
+    return _section("In the course of the fine-tuning", shown)
+
+
+def _picture(path: Path, alt: str, largest: int = LARGEST) -> str:
     """An <img> that carries its own pixels; small images are left to the browser, which enlarges them smoothly."""
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
     except OSError:
         return "<p>no image</p>"
-    form = "JPEG" if max(image.size) > LARGEST else "PNG"
-    image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    form = "JPEG" if max(image.size) > largest else "PNG"
+    image.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     image.save(file := io.BytesIO(), form, quality=90)
     data = f"data:image/{form.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
     return f'<img src="{data}" width="{image.width}" height="{image.height}" alt="{alt}">'
@@ -271,8 +291,16 @@ def _settings(run: Path, found: dict[str, Any], config: dict[str, Any]) -> str:
     config.setdefault("settings", {})
     config["settings"] |= {key[9:]: value for key, value in found.items() if key.startswith("settings.")}
     settings = {key.removeprefix("settings."): value for key, value in _flat(config).items()}
-    given = {"out": run} | {flag: settings[flag] for flag in FLAGS if flag in settings}
-    flags = (f"--{flag.replace('_', '-')} {shlex.quote(str(value))}" for flag, value in given.items())
+    if settings.get("weighting") == "reward":
+        settings.pop("tau", None)
+    given = {"out": run} | {
+        flag: settings[flag] for flag in FLAGS if settings.get(flag) is not None and settings[flag] is not False
+    }
+    given |= {"rounds": len(found["rounds"])} if "rounds" in found else {}
+    flags = (
+        f"--{flag.replace('_', '-')}" + (f" {shlex.quote(str(value))}" if value is not True else "")
+        for flag, value in given.items()
+    )
     command = f"python -m minialign.finetune {' '.join(f'<span>{escape(flag)}</span>' for flag in flags)}"
     rows = (f"<div><dt>{escape(key)}</dt><dd>{escape(str(value))}</dd></div>" for key, value in settings.items())
     again = '<p class="soft">Where this run is already finished, add <code>--fresh</code> to start over.</p>'

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image
 
-from .feedback import count_votes, read_feedback
+from .feedback import FeedbackStore, count_votes, read_feedback
+from .models.pretrained import InputError
+from .training import gathered, leading
 
 
 @dataclass(frozen=True)
@@ -40,20 +42,23 @@ class Task:
     reference: Callable[[], list[Image.Image]] | None = None  # what good images look like, for the Frechet distance
 
 
+NOISES = 100_000  # starting noises of a run for feedback, and as many for tests
 LAST_SEED = 20_000  # of a run: beyond, noise seeds would not fit the 32 bits that a CPU generator uses of them
 
 
 def noise_seed(run_seed: int, i: int, *, test: bool = False) -> int:
-    """The seed of a run's i-th starting noise; no two runs share one, nor feedback and test (i below 100,000)."""
-    return 1_000_000 + 200_000 * run_seed + 100_000 * test + i
+    """The seed of a run's i-th starting noise; no two runs share one, nor feedback and test (i below NOISES)."""
+    return 1_000_000 + NOISES * (2 * run_seed + test) + i
 
 
 def own_task(feedback: Path, test_images: int, seed: int) -> Task:
-    """A task from a label file (see `read_feedback`); contrastive prompts are the file's other prompts.
+    """A task from a label file (see `read_feedback`) or a run's store; contrastive prompts are the other prompts there.
 
-    With nobody to judge new images, the reward model judges them, and the images labelled good are the reference.
+    A store's unlabelled images are taken too, to be scored. With nobody to judge new images, the reward model judges
+    them, and the images labelled good are the reference.
     """
-    rows = read_feedback(feedback)
+    read = stored_feedback if feedback.is_dir() else read_feedback
+    rows = gathered(read(feedback) if leading() else [])[0]  # one process opens the database and the images
     prompts = list(dict.fromkeys(prompt for prompt, _, _ in rows))
     good = [path for (_, path), vote in count_votes(rows).items() if vote > 0]
 
@@ -67,3 +72,30 @@ def own_task(feedback: Path, test_images: int, seed: int) -> Task:
     order = random.Random(seed).sample(prompts, len(prompts))
     test = [TestItem(order[i % len(order)], noise_seed(seed, i, test=True), ("seen",)) for i in range(test_images)]
     return Task(contrastive, test, given=rows, reference=reference)
+
+
+def stored_feedback(folder: Path) -> list[tuple[str, Path, str]]:
+    """(prompt, image file, verdict) rows of a run's feedback store: what most labellers say, skip where none does."""
+    if not (folder / "feedback.sqlite").is_file():
+        raise InputError(f"{folder}: has no feedback.sqlite; accepted: a run's folder, or a label file")
+    store = FeedbackStore(folder)
+    try:
+        labels, images = store.labels(), store.images()
+    finally:
+        store.close()
+    missing = [image.path for image in images if not image.path.is_file()]
+    if missing:
+        raise InputError(f"{folder}: {missing[0]} is not there any more, nor are {len(missing) - 1} other images")
+    if not any(labels.values()):
+        raise InputError(f"{folder}: none of its {len(images)} images is labelled good; at least one is needed")
+    words = {1.0: "good", 0.0: "bad", None: "skip"}
+    return [(image.prompt, image.path.resolve(), words[labels.get(image.id)]) for image in images]
+
+
+def next_round(task: Task, number: int, seed: int) -> Task:
+    """The task again for round `number` (from 2): as many images of the same prompts, from noise not met before."""
+    prompts = [text for text, _ in task.draw] or [text for text, _ in dict.fromkeys(row[:2] for row in task.given)]
+    if number * len(prompts) > NOISES:
+        raise InputError(f"--rounds: {number} rounds of {len(prompts)} images; accepted: {NOISES} images in all")
+    fresh = [(text, noise_seed(seed, (number - 1) * len(prompts) + i)) for i, text in enumerate(prompts)]
+    return replace(task, draw=fresh, given=[])

@@ -1,4 +1,4 @@
-"""What every training run needs: learning rates, moving averages, stateless randomness, checkpoints on disk."""
+"""What every training run needs: processes, learning rates, averages, stateless randomness, checkpoints on disk."""
 
 from __future__ import annotations
 
@@ -10,21 +10,129 @@ import shutil
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .models.pretrained import InputError, first_line, read_weights
+from .models.blocks import ResnetBlock, Transformer2D
+from .models.pretrained import InputError, first_line
 
 T = TypeVar("T")
-STATE, CHECKSUM = "state.safetensors", "state.sha256"  # the files of a checkpoint
+CHECKSUMS = "SHA256SUMS"  # of a checkpoint's files, as sha256sum -c reads it
+PARALLEL = ("ddp", "fsdp")
+
+
+# ------------------------------------------------------------------------------------------------------- processes
+@contextmanager
+def joined(device: torch.device) -> Iterator[torch.device]:
+    """The process group of a torchrun launch while the context lasts; yields `device`, this process's.
+
+    Objects and flags travel by gloo, gradients on CUDA by NCCL.
+    """
+    if not dist.is_torchelastic_launched():
+        yield device
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # the others wait while the leader learns a reward; who died is torchrun's to find out
+    backend, timeout = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timedelta(days=1)
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        # torchrun keeps its store over restarts, with the addresses of those who died (on several machines it is told
+        # not to by TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: there the count is not the same everywhere)
+        store = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    yield device
+    dist.destroy_process_group()  # not after an error: then the process just ends, where NCCL would wait for the others
+
+
+def processes() -> tuple[int, int]:
+    """This process's rank and the number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def leading() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return processes()[0] == 0
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    gathered(None)
+
+
+def gathered(value: T) -> list[T]:
+    """`value` of every process, in the order of ranks."""
+    values: list[Any] = [value] * processes()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def distributed(network: nn.Module, parallel: str, device: torch.device) -> nn.Module:
+    """What to call in place of `network` so that all processes train it together; itself in a single process.
+
+    "ddp" keeps it whole in each and averages gradients; "fsdp" keeps a shard of every weight in each (FSDP2: Zhao et
+    al. 2023), gathered a block at a time. Parameters may be others afterwards: build the optimizer after this.
+    """
+    if processes()[1] == 1:
+        return network
+    if parallel == "ddp":
+        return nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (processes()[1],))
+    for module in network.modules():
+        if isinstance(module, (ResnetBlock, Transformer2D)):
+            fully_shard(module, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+    return network
+
+
+def synchronise(network: nn.Module, now: bool) -> None:
+    """Whether the next backward pass exchanges gradients among processes; before it, the last of those accumulated."""
+    if isinstance(network, nn.parallel.DistributedDataParallel):
+        network.require_backward_grad_sync = now
+    elif hasattr(network, "set_requires_gradient_sync"):  # FSDP2's
+        network.set_requires_gradient_sync(now)  # type: ignore[operator]
+
+
+def reshard(network: nn.Module) -> None:
+    """After a call without a backward pass: what FSDP2 has gathered for it becomes shards again."""
+    for module in network.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()  # type: ignore[operator]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds: all of it unless FSDP2 shards it."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that FSDP2 may shard, in every process."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def gather_weights(network: nn.Module) -> None:
+    """Put whole parameters in the place of sharded ones, to save the network: it is not to be called any more."""
+    for module in network.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            module.register_parameter(name, nn.Parameter(whole(p).detach(), requires_grad=p.requires_grad))
+
+
+# -------------------------------------------------------------------------------------------- schedules and averages
 
 
 def generator(*key: int) -> torch.Generator:
@@ -35,33 +143,67 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(state)
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, decay: float = 1.0) -> float:
-    """Linear warm-up over `warmup` steps, constant, then cosine to zero over the last fraction `decay`."""
+SCHEDULES = {  # of the learning rate after its warm-up: fraction done -> fraction of the peak
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),  # Loshchilov & Hutter 2017
+}
+
+
+def learning_rate(
+    step: int, steps: int, peak: float, warmup: int = 0, schedule: str = "cosine", decay: float = 1.0
+) -> float:
+    """Linear warm-up over `warmup` steps, constant, then by `schedule` over the last fraction `decay` of all steps."""
     if step < warmup:
         return peak * (step + 1) / warmup
     start = steps * (1 - decay)
     if step < start or decay == 0:
         return peak
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - start) / (steps - start)))
+    return peak * SCHEDULES[schedule]((step - start) / (steps - start))
 
 
 class EMA:
-    """Exponential moving average of a model's weights: shadow <- decay * shadow + (1 - decay) * weights."""
+    """Exponential moving average of trained weights: shadow <- decay * shadow + (1 - decay) * weights."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
-        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.weights = {name: p.detach().clone() for name, p in trained(model).items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """After step `step` (from 0). Young averages follow faster, so that they do not keep the first weights."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.weights.values()), [p.detach() for p in model.parameters()], 1 - decay)
+        current = [local(p.detach()) for p in trained(model).values()]
+        torch._foreach_lerp_([local(weight) for weight in self.weights.values()], current, 1 - decay)
+
+    @torch.no_grad()
+    def put_into(self, model: nn.Module) -> None:
+        """Give the model the averages as its weights."""
+        for name, p in trained(model).items():
+            p.copy_(self.weights[name])
+
+    @contextmanager
+    def in_place(self, model: nn.Module) -> Iterator[None]:
+        """The model has the averages as its weights while the context lasts."""
+        kept = [p.detach().clone() for p in trained(model).values()]
+        self.put_into(model)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, weight in zip(trained(model).values(), kept):
+                    p.copy_(weight)
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are not frozen, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None, done: int = 0) -> Iterator[T]:
-    """A progress bar on stderr with rate and time left."""
-    yield from tqdm(items, description, total, initial=done, file=sys.stderr, dynamic_ncols=True, mininterval=0.5)
+    """A progress bar on stderr with rate and time left, of the leading process."""
+    how: dict[str, Any] = {"file": sys.stderr, "dynamic_ncols": True, "mininterval": 0.5, "disable": not leading()}
+    yield from tqdm(items, description, total, initial=done, **how)
 
 
 @contextmanager
@@ -144,34 +286,81 @@ class Stop:
             signal.signal(signal.SIGTERM, self.before)
 
 
-KEEP = 2  # checkpoints of a run: a damaged one falls back to the one before
+# ------------------------------------------------------------------------------------------------------ checkpoints
+def training_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None, scaler: torch.amp.GradScaler | None
+) -> dict[str, Tensor]:
+    """What a training goes on from, by name: the tensors themselves, of which FSDP2 shards some."""
+    tensors: dict[str, Tensor] = {}
+    for name, p in trained(model).items():
+        state = optimizer.state[p]
+        if not state:  # as AdamW begins
+            state["step"] = torch.zeros((), device=p.device)
+            state |= {key: torch.zeros_like(p, memory_format=torch.preserve_format) for key in MOMENTS}
+        tensors |= {f"model.{name}": p.detach(), "optimizer.step": state["step"].reshape(1)}  # the same for all
+        tensors |= {f"optimizer.{key}.{name}": state[key] for key in MOMENTS}
+        if ema is not None:
+            tensors[f"ema.{name}"] = ema.weights[name]
+    if scaler is not None and scaler.is_enabled():
+        state = scaler.state_dict()
+        tensors["scaler"] = torch.tensor([state["scale"], state["_growth_tracker"]], dtype=torch.float64)
+    return tensors
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None = None
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    keep: int = 2,
 ) -> None:
-    """Write `folder`/step-N and remove all but the last KEEP. `step` is the number of finished steps.
+    """Write `folder`/step-N and remove all but the last `keep`. `step` is the number of finished steps.
 
-    InputError names what the system says where it cannot be written; the earlier ones are whole then.
+    All processes call it, and each writes its part, in safetensors files of at most about 1 GiB by
+    torch.distributed.checkpoint. InputError names what the system says where it cannot be written; the earlier ones
+    are whole then.
     """
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{key}.{names[index]}": torch.as_tensor(value) for key, value in state.items()}
-    if ema is not None:
-        tensors |= {f"ema.{name}": weight for name, weight in ema.weights.items()}
-    place = folder / f"step-{step}"
+    from torch.distributed import checkpoint as dcp  # slow to import
+
+    place, temporary = folder / f"step-{step}", folder / f".step-{step}.tmp"
+    rank, size = processes()
+    state = {name: t.contiguous() for name, t in training_state(model, optimizer, ema, scaler).items()}
+    files, total = {}, 0
+    for name, tensor in state.items():
+        files[name] = 1 + total // 2**30
+        total += tensor.numel() * tensor.element_size()
     try:
-        with atomic(place) as temporary:
-            temporary.mkdir()
-            path = temporary / STATE
-            save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, path)
-            (temporary / CHECKSUM).write_text(f"{checksum(path)}  {STATE}\n")  # as sha256sum -c reads it
-    except (OSError, SafetensorError) as error:
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        barrier()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of there being one process
+            dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(temporary), files, save_distributed=True))
+        mine = sorted(temporary.glob(f"shard-{rank + 1:05d}-*"))
+        sums = gathered([f"{checksum(path)}  {path.name}\n" for path in mine])
+        if rank == 0:
+            (temporary / CHECKSUMS).write_text("".join(line for lines in sums for line in lines))
+            _flush(temporary / CHECKSUMS)
+            _flush(temporary)
+            os.replace(temporary, place)
+            _flush(folder)
+    except (OSError, SafetensorError, dcp.CheckpointException) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+        if not isinstance(cause, (OSError, SafetensorError)):
+            raise cause from None
         last = ", ".join(map(str, checkpoints(folder)[-1:])) or "none"
-        raise InputError(f"{place}: cannot be written ({first_line(error)}); the last checkpoint: {last}") from error
-    for old in checkpoints(folder)[:-KEEP]:
-        shutil.rmtree(old)
+        raise InputError(f"{place}: cannot be written ({first_line(cause)}); the last checkpoint: {last}") from error
+    if rank == 0:
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    barrier()
 
 
 def checksum(path: Path) -> str:
@@ -188,36 +377,55 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), key=lambda path: int(path.name[5:]))
 
 
-def whole_checkpoint(folder: Path) -> tuple[Path, dict[str, Tensor]] | None:
-    """The newest checkpoint whose checksum holds, and its tensors; a damaged one is named on stderr and set aside."""
+def whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose checksums hold; a damaged one is named on stderr and set aside.
+
+    All processes call it, and each reads a part of the files.
+    """
+    rank, size = processes()
     for place in reversed(checkpoints(folder)):
         try:
-            if (place / CHECKSUM).read_text().split()[:1] != [checksum(place / STATE)]:
-                raise InputError("its checksum is not that of its content")
-            return place, read_weights(place / STATE)
-        except (OSError, UnicodeDecodeError, InputError) as error:
+            sums = [line.split("  ") for line in (place / CHECKSUMS).read_text().splitlines()]
+            wrong = [name for value, name in sums[rank::size] if checksum(place / name) != value]
+            reason = (
+                f"the checksum of {wrong[0]} is not that of its content" if wrong else "" if sums else "no checksums"
+            )
+        except (OSError, ValueError) as error:
+            reason = first_line(error)
+        reasons = [reason for reason in gathered(reason) if reason]
+        if not reasons:
+            return place
+        if rank == 0:
             aside = place.with_name(f"damaged-{place.name}")
-            print(f"warning: {place} is damaged ({first_line(error)}); renamed to {aside.name}", file=sys.stderr)
+            print(f"warning: {place} is damaged ({reasons[0]}); renamed to {aside.name}", file=sys.stderr)
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(place, aside)
     return None
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None = None) -> int:
-    """Restore the newest whole checkpoint in place; the number of steps it had finished, 0 where there is none."""
-    found = whole_checkpoint(folder)
-    if found is None:
+def load_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> int:
+    """Restore the newest whole checkpoint in place; the number of steps it had finished, 0 where there is none.
+
+    Of any number of processes on any other: each reads what it holds.
+    """
+    place = whole_checkpoint(folder)
+    if place is None:
         return 0
-    place, tensors = found
-    state = optimizer.state_dict()
-    with torch.no_grad():
-        for index, (name, p) in enumerate((n, p) for n, p in model.named_parameters() if p.requires_grad):
-            p.copy_(tensors[f"model.{name}"])
-            state["state"][index] = {"step": tensors[f"optimizer.step.{name}"]}
-            for key in ("exp_avg", "exp_avg_sq"):  # in the layout of the weights, which fused AdamW takes for granted
-                state["state"][index][key] = torch.empty_like(p).copy_(tensors[f"optimizer.{key}.{name}"])
-        if ema is not None:
-            for name, weight in ema.weights.items():
-                weight.copy_(tensors[f"ema.{name}"])
-    optimizer.load_state_dict(state)
+    from torch.distributed import checkpoint as dcp
+
+    state = training_state(model, optimizer, ema, scaler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(place)))
+    for p in trained(model).values():
+        optimizer.state[p]["step"].fill_(state["optimizer.step"].item())
+    if scaler is not None and "scaler" in state:
+        scale, tracker = state["scaler"].tolist()
+        scaler.load_state_dict(scaler.state_dict() | {"scale": scale, "_growth_tracker": int(tracker)})
     return int(place.name[5:])

@@ -1,6 +1,7 @@
 """Fine-tuning and the main job: unbiased draws, the right direction, bit-identical resuming, files, clear errors."""
 
 import errno
+import itertools
 import json
 import math
 import shutil
@@ -8,23 +9,31 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from comparisons import GOLDENS, SMALL_UNET
+from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minialign import NoiseSchedule, Pipeline, RewardModel, finetune
 from minialign.command import run_command
 from minialign.evaluate import summary
+from minialign.feedback import FeedbackStore
 from minialign.finetune import WEIGHTINGS, Latents, draw_by_weight, stratified_timesteps
 from minialign.generate import draw_to_folder
+from minialign.models.lora import load_lora, merge_lora
 from minialign.models.pretrained import EMBEDDED, InputError
 from minialign.models.unet import UNet
+from minialign.runs import remove_run
 from minialign.shapes.task import shapes_task
-from minialign.training import Terminated, atomic, checkpoints, remove_unfinished
+from minialign.task import next_round
+from minialign.training import Terminated, atomic, checkpoints, remove_unfinished, write_json
 
 UNET = SMALL_UNET | {"sample_size": 4, "norm_num_groups": 4}
 
@@ -73,20 +82,48 @@ def test_timesteps_cover_the_schedule_evenly_and_in_any_order():
 
 
 def two_kinds(
-    reward_of_first: float, steps: int, folder, stop_at: int | None = None, number=signal.SIGINT, **how
+    reward_of_first: float,
+    steps: int,
+    folder,
+    stop_at: int | None = None,
+    number=signal.SIGINT,
+    *,
+    prediction_type="v_prediction",
+    reward_scale=1.0,
+    checkpointing=False,
+    compiled=False,
+    names=(),
+    poison_from: int | None = None,
+    each=lambda unet: None,
+    rows=lambda row: None,
+    **how,
 ) -> UNet:
-    """A tiny UNet fine-tuned on two kinds of image for one prompt, +1 and -1 everywhere, weighted r and 1 - r."""
+    """A tiny UNet fine-tuned on two kinds of image for one prompt, +1 and -1 everywhere, weighted r and 1 - r.
+
+    `each` is called with it before every step, `rows` with what is logged; from step `poison_from` on it says nan.
+    """
     torch.manual_seed(0)
-    unet, schedule = UNet(UNET), NoiseSchedule.from_config({"prediction_type": "v_prediction"})
+    unet, schedule = UNet(UNET), NoiseSchedule.from_config({"prediction_type": prediction_type})
+    unet.checkpointing = checkpointing
+    if compiled:
+        unet.compile(backend="aot_eager")
     context = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(1))
     sign = torch.tensor([1.0, -1.0]).repeat(4)[:, None, None, None]
-    images = Latents(sign.expand(8, 4, 4, 4), torch.full((8, 4, 4, 4), 0.01), torch.zeros(8, dtype=torch.long))
-    reward = torch.where(sign.flatten() > 0, reward_of_first, 1 - reward_of_first)
+    images = Latents(sign.expand(8, 4, 4, 4), torch.full((8, 4, 4, 4), 0.01), torch.zeros(8, dtype=torch.long), names)
+    reward = torch.where(sign.flatten() > 0, reward_of_first, 1 - reward_of_first) * reward_scale
+    calls = itertools.count()
 
     def log(row):
+        rows(row)
         if stop_at is not None and row["step"] >= stop_at:
+            if number == signal.SIGINT:  # which a shell's background jobs ignore
+                raise KeyboardInterrupt
             signal.raise_signal(number)
 
+    unet.register_forward_pre_hook(lambda unet, inputs: each(unet))
+    unet.register_forward_hook(
+        lambda unet, inputs, out: out * torch.nan if next(calls) >= (poison_from or math.inf) else out
+    )
     settings = {"beta": 0.0, "batch_size": 8, "peak_learning_rate": 3e-3, "checkpoint_every": 5} | how
     finetune.finetune(unet, schedule, (context,), images, reward, images, folder, steps=steps, log=log, **settings)
     return unet
@@ -101,9 +138,10 @@ def leaning(unet: UNet) -> float:
 
 
 def test_finetuning_moves_toward_what_is_rewarded(tmp_path):
-    toward = leaning(two_kinds(0.9, 150, tmp_path / "a"))
-    against = leaning(two_kinds(0.1, 150, tmp_path / "b"))
-    held = leaning(two_kinds(0.9, 150, tmp_path / "c", beta=10.0, batch_size=32))
+    how = {"checkpoint_every": 100, "peak_learning_rate": 1e-2}
+    toward = leaning(two_kinds(0.9, 60, tmp_path / "a", **how))
+    against = leaning(two_kinds(0.1, 60, tmp_path / "b", **how))
+    held = leaning(two_kinds(0.9, 60, tmp_path / "c", beta=10.0, batch_size=32, **how))
     # the optimum's mean is r - (1 - r): 0.8 and -0.8; the pre-training term pulls to an even mixture
     assert toward > 0.5 and against < -0.5 and abs(held) < 0.4
 
@@ -133,20 +171,15 @@ def test_sigterm_saves_and_ends(tmp_path):
 
 
 def test_weights_that_are_not_finite_are_not_kept(tmp_path):
-    with pytest.raises(InputError, match="step 5: the gradient is not finite"):
+    with pytest.raises(InputError, match="step 2: the loss is not finite; .* checkpoint: none; the batch: image "):
         two_kinds(0.8, 10, tmp_path, peak_learning_rate=1e30)
     assert not list(tmp_path.iterdir())
 
 
-def test_bfloat16_autocast_trains_float32_weights(tmp_path):
-    unet = two_kinds(0.8, 4, tmp_path, dtype=torch.bfloat16)
-    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in unet.parameters())
-
-
 SMALL = finetune.EMBEDDED_DEFAULTS | {
-    "seed": 0, "steps": 6, "batch_size": 8, "learning_rate": 1e-4, "sampling_steps": 4, "images": 64, "labels": 48,
+    "seed": 0, "steps": 6, "batch_size": 8, "learning_rate": 1e-4, "sampling_steps": 2, "images": 32, "labels": 24,
     "test_images": 24, "pretrain_images": 8, "hidden": 32,
-    "reward_steps": 40, "model": None, "clip": None, "dtype": "float32",
+    "reward_steps": 20, "model": None, "clip": None, "dtype": "float32",
     "checkpoint_every": 3, "weighting": "reward", "tau": 1,
 }  # fmt: skip
 
@@ -174,7 +207,7 @@ def test_the_main_job_leaves_what_it_promises(finished):
         assert results["fidelity"][side] >= 0 and "diversity" in results  # no prompt is drawn twice in so few
     assert {"accuracy", "auc", "clip_score_auc"} <= set(results["reward"])
     assert {"generate", "label", "reward", "finetune", "evaluate", "total"} == set(results["seconds"])
-    assert len(list((folder / "images").iterdir())) == 64
+    assert len(list((folder / "images").iterdir())) == 32
     card = (folder / "model" / "README.md").read_text()
     assert card.startswith("---\nlicense: ") and f"{results['alignment']['after']['overall']:8.1%}" in card
     assert "| steps | 6 |" in card and "minialign's embedded shapes checkpoint" in card
@@ -278,25 +311,32 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
+import safetensors.torch
 from minialign import training
-whole, calls = training.save_file, 0
-def dies(tensors, path, *more):
+place = {place}
+whole, calls = place.{name}, 0
+def dies(*args, **kwargs):
     global calls
     calls += 1
+    written = whole(*args, **kwargs)
     if calls == {call}:
-        Path(path).write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
-    whole(tensors, path, *more)
-training.save_file = dies
+    return written
+place.{name} = dies
 from test_finetune import small_run
 small_run(Path({folder!r}))
 """
 
 
-@pytest.mark.parametrize("call", [1, 3])  # while the rewards are written, and the second checkpoint
-def test_a_run_killed_while_it_writes_goes_on_to_the_same_weights(finished, tmp_path, call):
+@pytest.mark.parametrize(
+    "place, name, call",
+    [("training", "save_file", 1), ("safetensors.torch", "save", 2)],
+    ids=["rewards", "second checkpoint"],
+)
+def test_a_run_killed_while_it_writes_goes_on_to_the_same_weights(finished, tmp_path, place, name, call):
     folder = tmp_path / "run"
-    code = KILLED.format(tests=str(Path(__file__).parent), call=call, folder=str(folder))
+    tests = str(Path(__file__).parent)
+    code = KILLED.format(tests=tests, place=place, name=name, call=call, folder=str(folder))
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True)
     assert killed.returncode == -signal.SIGKILL and list(folder.rglob(".*.tmp"))
     results = small_run(folder)
@@ -380,7 +420,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys)
 
 @pytest.mark.parametrize("name", ["textnorm", "advantage"])
 def test_other_weightings_go_through_the_main_job(name, tmp_path):
-    results = small_run(tmp_path / "run", weighting=name, tau=WEIGHTINGS[name].tau)
+    results = small_run(tmp_path / "run", weighting=name, tau=WEIGHTINGS[name].tau, images=64)
     assert results["settings"]["weighting"] == name
 
 
@@ -398,7 +438,7 @@ def test_the_recipe_stands_behind_what_is_given(monkeypatch):
     finetune.main()
     assert (seen["batch_size"], seen["pretrain_share"], seen["learning_rate"], seen["beta"]) == (512, 0.5, 1e-5, 1.0)
     assert (seen["steps"], seen["weighting"], seen["tau"], seen["dtype"]) == (7, "exponential", 0.2, "bfloat16")
-    assert "recipe" not in seen and seen["sampling_steps"] == finetune.EMBEDDED_DEFAULTS["sampling_steps"]
+    assert seen["recipe"] == "paper" and seen["sampling_steps"] == finetune.EMBEDDED_DEFAULTS["sampling_steps"]
 
 
 @pytest.mark.parametrize(
@@ -509,3 +549,284 @@ def test_own_images_go_through_the_same_code(source, tmp_path, monkeypatch, caps
         assert code == 2 and "model, which this run reads" in err and (tmp_path / "run" / "model" / "unet").exists()
         code, _ = command(monkeypatch, capsys, *arguments, "--steps", 4, "--batch-size", 4, "--fresh")
         assert code == 0 and json.loads((tmp_path / "run" / "results.json").read_text())["settings"]["steps"] == 4
+
+
+# ------------------------------------------------------------------------------------------- what the settings change
+def weights(unet: UNet) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in unet.parameters()]
+
+
+def apart(a: UNet, b: UNet) -> float:
+    """How far two networks' weights are apart, beside how far the first is from its beginning."""
+    torch.manual_seed(0)
+    start = UNet(UNET)
+
+    def distance(a: UNet, b: UNet) -> float:
+        pairs = zip(a.parameters(), b.parameters())
+        return math.sqrt(sum(float((p - q).detach().double().square().sum()) for p, q in pairs))
+
+    return distance(a, b) / distance(a, start)
+
+
+SHORT: dict = {"steps": 10, "beta": 0.5, "checkpoint_every": 10}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return two_kinds(0.8, folder=tmp_path_factory.mktemp("plain"), **SHORT)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.2), (torch.float16, 0.1)])
+def test_half_precision_trains_float32_weights_to_the_same_place(plain, tmp_path, dtype, tolerance):
+    unet = two_kinds(0.8, folder=tmp_path, dtype=dtype, **SHORT)
+    assert all(p.dtype == torch.float32 for p in unet.parameters())
+    assert 0 < apart(plain, unet) < tolerance
+
+
+def test_float16_leaves_out_steps_that_overflow_and_scales_less(tmp_path):
+    """A loss times 2^16 overflows: the first steps change nothing but the scale, which resuming keeps."""
+    tensors = {}
+    for steps in (5, 10):
+        two_kinds(0.8, steps, tmp_path, dtype=torch.float16, beta=0.0, checkpoint_every=5, reward_scale=1e4)
+        (shard,) = (tmp_path / f"step-{steps}").glob("*.safetensors")
+        tensors[steps] = load_file(shard)
+    scale = [tensors[steps]["scaler"][0].item() for steps in (5, 10)]
+    assert scale[0] < 2**16 and scale[1] <= scale[0]
+    assert tensors[5]["optimizer.step"] < 5 or tensors[10]["optimizer.step"] < 10
+
+
+def test_block_wise_recomputation_changes_rounding_alone(plain, tmp_path):
+    assert apart(plain, two_kinds(0.8, folder=tmp_path, checkpointing=True, **SHORT)) < 1e-3
+
+
+@pytest.mark.slow
+def test_compilation_changes_rounding_alone(plain, tmp_path):
+    torch.compiler.reset()
+    assert apart(plain, two_kinds(0.8, folder=tmp_path, compiled=True, **SHORT)) < 1e-2
+
+
+def test_the_average_of_the_weights_is_left_in_the_end(plain, tmp_path):
+    seen: list[list[torch.Tensor]] = []
+    unet = two_kinds(0.8, folder=tmp_path, ema=0.5, each=lambda unet: seen.append(weights(unet)), **SHORT)
+    average = seen[0]  # before the first step
+    for step, after in enumerate([*seen[1:], weights(plain)]):
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = [decay * a + (1 - decay) * b for a, b in zip(average, after)]
+    for a, b in zip(average, unet.parameters()):
+        torch.testing.assert_close(a, b.detach(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_weights_are_those_of_the_paper(prediction_type):
+    schedule = NoiseSchedule.from_config({"prediction_type": prediction_type})
+    t = torch.arange(1000)
+    abar = schedule.alphas_cumprod.double()
+    snr = abar / (1 - abar)
+    expected = snr.clamp(max=5) / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction_type]
+    torch.testing.assert_close(finetune.min_snr_weight(schedule, t, 5.0).double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_min_snr_and_noise_offset_reach_the_loss(plain, tmp_path):
+    """Where one weight serves every timestep, the loss is that many times the plain one; the noise has its offset."""
+    rows: dict[str, list] = {}
+    for name, how in {"plain": {}, "none": {"min_snr": 1e9}, "some": {"min_snr": 1e-9}}.items():
+        log = rows.setdefault(name, []).append
+        two_kinds(0.8, folder=tmp_path / name, rows=log, prediction_type="epsilon", **SHORT | how)
+    assert rows["plain"][0]["loss"] == pytest.approx(rows["none"][0]["loss"], rel=1e-5)
+    assert rows["some"][0]["loss"] < 1e-4 * rows["plain"][0]["loss"]
+
+    class Keeps(Recorder):
+        def forward(self, x, t, context):
+            self.seen.append(x)
+            return self.weight * x
+
+    unet, images = Keeps(), Latents(torch.zeros(4, 2, 8, 8), torch.zeros(4, 2, 8, 8), torch.zeros(4).long())
+    finetune.finetune(
+        unet, NoiseSchedule.from_config({"trained_betas": [1.0]}), (torch.zeros(2, 2, 1),), images, torch.ones(4), None,
+        tmp_path / "offset", steps=40, beta=0.0, batch_size=16, peak_learning_rate=1e-9, noise_offset=0.5,
+    )  # fmt: skip
+    noise = torch.cat(unet.seen)  # with abar = 0, x_t is the noise alone
+    variance = noise.mean((2, 3)).var().item()  # of a channel's mean: 0.5^2 more than of 64 independent values
+    assert variance == pytest.approx(0.25 + 1 / 64, rel=0.15)
+
+
+def test_a_loss_that_is_not_finite_names_the_batch_and_the_last_good_checkpoint(tmp_path):
+    with pytest.raises(InputError) as error:
+        two_kinds(0.8, 40, tmp_path, names=[f"{i}.png" for i in range(8)], poison_from=23)
+    message = str(error.value)
+    assert message.startswith("step 24: the loss is not finite") and str(tmp_path / "step-20") in message
+    names = message.split("the batch: ")[1].split(", ")
+    assert names and set(names) <= {f"{i}.png" for i in range(8)}
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-15", "step-20"]
+
+
+READING = ("item", "cpu", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_nothing_is_read_from_the_device_between_logged_steps(tmp_path, monkeypatch, dtype):
+    """Each reading makes the host wait for a GPU. Counted by name and by the operation that copies a scalar."""
+    counts: list[int] = []
+
+    class Scalars(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            if counts and function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                counts[-1] += 1
+            return function(*arguments, **keywords or {})
+
+    def counting(whole):
+        def call(self, *arguments, **keywords):
+            rows = self.dtype == torch.int64 and whole.__name__ in ("cpu", "numpy")  # which are drawn on the host
+            if counts and not rows:
+                counts[-1] += 1
+            return whole(self, *arguments, **keywords)
+
+        return call
+
+    for name in READING:
+        monkeypatch.setattr(torch.Tensor, name, counting(getattr(torch.Tensor, name)))
+    with Scalars():
+        how = {"each": lambda unet: counts.append(0), "checkpoint_every": 100, "ema": 0.9, "min_snr": 5.0}
+        two_kinds(0.8, 25, tmp_path, beta=0.5, dtype=dtype, validate_every=0, **how)
+    assert len(counts) == 25 and counts[9] > 0 and counts[19] > 0
+    assert sum(counts[:9]) + sum(counts[10:19]) + sum(counts[20:24]) == 0, counts
+
+
+# --------------------------------------------------------------------------------------- the command at a larger scale
+def pretraining_pairs(folder, number=6):
+    """A folder in the hub's imagefolder convention."""
+    folder.mkdir()
+    rows = []
+    for i in range(number):
+        drawn = np.random.default_rng(i).integers(0, 255, (80, 100, 3), dtype=np.uint8)
+        Image.fromarray(drawn).save(folder / f"{i}.jpg")
+        rows.append(json.dumps({"file_name": f"{i}.jpg", "text": f"noise number {i % 3}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture
+def small_own(monkeypatch):
+    small = {"sampling_steps": 2, "test_images": 6, "hidden": 16, "reward_steps": 20, "steps": 4, "batch_size": 8}
+    monkeypatch.setattr(finetune, "OWN_DEFAULTS", finetune.OWN_DEFAULTS | small)
+
+
+def test_rounds_with_pairs_from_a_folder_adapters_and_everything_switched_on(tmp_path, monkeypatch, capsys, small_own):
+    labels, pairs = own_images(tmp_path / "images"), pretraining_pairs(tmp_path / "pairs")
+    base = ["--model", EMBEDDED, "--clip", EMBEDDED / "clip", "--feedback", labels, "--pretrain", pairs]
+    more = ["--lora", 2, "--dtype", "bfloat16", "--accumulate", 2, "--gradient-checkpointing", "--ema", 0.9]
+    more += ["--min-snr", 5, "--noise-offset", 0.1, "--lr-schedule", "linear", "--warmup", 0, "--validate-every", 2]
+    out, cache = tmp_path / "run", tmp_path / "cache"
+    code, err = command(monkeypatch, capsys, *base, *more, "--out", out, "--cache", cache, "--rounds", 2)
+    assert code == 0, err
+    results = json.loads((out / "results.json").read_text())
+    second = json.loads((out / "round-2" / "results.json").read_text())
+    assert [one["alignment"] for one in results["rounds"]] == [results["alignment"], second["alignment"]]
+    assert second["alignment"]["before"] == results["alignment"]["after"]  # the same model, prompts and noise
+    assert second["counts"] == {"images": 12, "labels": 0, "evaluated": 6}
+    rewards = [load_file(place / "reward" / "model.safetensors") for place in (out, out / "round-2")]
+    assert all(torch.equal(rewards[0][key], rewards[1][key]) for key in rewards[0])  # nobody labelled anew
+    page = (out / "report.html").read_text()
+    assert (
+        "<h2>Rounds</h2>" in page
+        and "round-2/report.html" in page
+        and all(flag in page for flag in ("--lora 2", "--rounds 2", "--warmup 0"))
+    )
+    assert (out / "round-2" / "report.html").exists()
+    assert [path.name for path in sorted((out / "validation").iterdir())] == ["step-2.png", "step-4.png"]
+    assert Image.open(out / "validation" / "step-2.png").size == (4 * 64, 2 * 64)
+    # the adapters on the base model are the model that was judged
+    merged, model = Pipeline.from_pretrained().unet, Pipeline.from_pretrained(out / "model").unet
+    load_lora(merged, out / "lora.safetensors")
+    merge_lora(merged)
+    for (name, a), b in zip(merged.named_parameters(), model.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=name)
+    assert (out / "skipped.jsonl").read_text() == ""
+    # a run with the same cache encodes no image, and begun with other settings says so
+    monkeypatch.setattr(Pipeline, "encode_images", None)
+    again = [*base, *more, "--out", tmp_path / "again", "--cache", cache]
+    code, err = command(monkeypatch, capsys, *again)
+    assert code == 0, err
+    assert json.loads((tmp_path / "again" / "results.json").read_text())["alignment"] == results["alignment"]
+    code, err = command(monkeypatch, capsys, *again, "--min-snr", 4)
+    assert code == 2 and "was begun with min_snr=5.0, not 4.0" in err
+    code, err = command(monkeypatch, capsys, *again, "--accumulate", 1, "--keep", 5)  # these may change
+    assert code == 0, err
+
+
+def test_feedback_of_a_run_is_taken_with_its_unlabelled_images(finished, tmp_path, monkeypatch, capsys, small_own):
+    run = finished[0]
+    arguments = ["--model", EMBEDDED, "--clip", EMBEDDED / "clip", "--feedback", run, "--out", tmp_path / "run"]
+    code, err = command(monkeypatch, capsys, *arguments)
+    assert code == 0, err
+    counts = json.loads((tmp_path / "run" / "results.json").read_text())["counts"]
+    assert counts["images"] == 32 and counts["labels"] == finished[1]["counts"]["labels"]
+
+
+def test_labels_of_people_are_not_deleted(tmp_path):
+    store = FeedbackStore(tmp_path)
+    store.add_images([("a red circle", "images/0.png", 1)])
+    store.add_labels("simulated annotator", [(1, "good")])
+    store.add_labels("Ada", [(1, "bad")])
+    store.close()
+    write_json(tmp_path / "config.json", {"minialign": "0", "settings": {}})
+    with pytest.raises(InputError, match="--fresh: .*feedback.sqlite holds labels by Ada; move it away first"):
+        remove_run(tmp_path)
+    assert (tmp_path / "feedback.sqlite").exists() and (tmp_path / "config.json").exists()
+    (tmp_path / "feedback.sqlite").unlink()
+    remove_run(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_bad_pairs_and_stores_are_one_line(tmp_path, monkeypatch, capsys, small_own):
+    labels, pairs = own_images(tmp_path / "images"), pretraining_pairs(tmp_path / "pairs")
+    for i in range(2):
+        (pairs / f"{i}.jpg").write_bytes(b"no image")
+    (tmp_path / "empty").mkdir()
+    base = ["--model", EMBEDDED, "--clip", EMBEDDED / "clip", "--out", tmp_path / "run", "--batch-size", 8]
+    cases = [
+        (["--pretrain", pairs], "--pretrain: the embedded world draws its own pairs"),
+        (
+            [*base, "--feedback", tmp_path / "empty"],
+            "has no feedback.sqlite; accepted: a run's folder, or a label file",
+        ),
+        ([*base, "--feedback", labels, "--pretrain", tmp_path / "none"], "none: not found"),
+        ([*base, "--feedback", labels, "--pretrain", pairs], "2 of 6 images or captions cannot be used"),
+        ([*base, "--feedback", labels, "--pretrain", tmp_path / "*.tar"], "*.tar: not found; accepted: a folder with"),
+        ([*base, "--feedback", labels, "--rounds", 9000], "--rounds: 9000 rounds of 12 images; accepted: 100000"),
+        ([*base, "--feedback", labels, "--accumulate", 9], "batch size 8: 7 rows of model images cannot be split"),
+    ]
+    for arguments, message in cases:
+        code, err = command(monkeypatch, capsys, *arguments, *(["--fresh"] if "--out" in arguments else []))
+        line = err.splitlines()[-1]
+        assert code == 2 and message in line and line.startswith("error: "), err
+
+
+def test_rounds_with_a_labeller_label_again(tmp_path):
+    settings = SMALL | {"images": 16, "labels": 16, "steps": 2}
+    task = shapes_task(*(settings[key] for key in ("images", "labels", "test_images", "pretrain_images", "seed")))
+    results = finetune.run(settings, task, tmp_path / "run", torch.device("cpu"), rounds=2)
+    second = json.loads((tmp_path / "run" / "round-2" / "results.json").read_text())
+    assert len(results["rounds"]) == 2 and second["counts"]["labels"] > 0
+    stores = [sqlite3.connect(tmp_path / "run" / place / "feedback.sqlite") for place in (".", "round-2")]
+    seeds = [{seed for (seed,) in store.execute("SELECT seed FROM images")} for store in stores]
+    assert len(seeds[0]) == len(seeds[1]) == 16 and not seeds[0] & seeds[1]
+    again = finetune.run(settings, task, tmp_path / "run", torch.device("cpu"), rounds=2)
+    assert again == results
+    task = replace(task, draw=task.draw * 4000)
+    with pytest.raises(InputError, match="--rounds: 2 rounds of 64000 images; accepted: 100000"):
+        next_round(task, 2, 0)
+
+
+def test_tensorboard_gets_what_the_metrics_get(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = finetune.Run(tmp_path).log("finetune")
+    for step in (10, 20):
+        log({"step": step, "loss": step / 7})
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "finetune"))
+    events.Reload()
+    scalars = events.Scalars("loss")
+    assert [event.step for event in scalars] == [10, 20]
+    assert [event.value for event in scalars] == pytest.approx([10 / 7, 20 / 7])

@@ -104,22 +104,28 @@ def test_the_last_checkpoints_are_kept(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == ["step-3", "step-4"]
 
 
+def state_file(place):
+    (path,) = place.glob("*.safetensors")
+    return path
+
+
 def flip_a_bit(place):
-    content = bytearray((place / "state.safetensors").read_bytes())
+    content = bytearray(state_file(place).read_bytes())
     content[-1] ^= 1
-    (place / "state.safetensors").write_bytes(content)
+    state_file(place).write_bytes(content)
 
 
 @pytest.mark.parametrize(
     "damage",
     [
         flip_a_bit,
-        lambda place: (place / "state.safetensors").write_bytes(b"short"),
-        lambda place: (place / "state.safetensors").unlink(),
-        lambda place: (place / "state.sha256").unlink(),
-        lambda place: (place / "state.sha256").write_bytes(b"\xff"),
+        lambda place: state_file(place).write_bytes(b"short"),
+        lambda place: state_file(place).unlink(),
+        lambda place: (place / "SHA256SUMS").unlink(),
+        lambda place: (place / "SHA256SUMS").write_bytes(b"\xff"),
+        lambda place: (place / "SHA256SUMS").write_bytes(b""),
     ],
-    ids=["bit", "short", "missing", "no checksum", "not text"],
+    ids=["bit", "short", "missing", "no checksum", "not text", "nothing"],
 )
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, damage):
     parts = make(False)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .blocks import (
     MOST,
@@ -110,6 +111,7 @@ class UNet(nn.Module):
 
     mid_block: MidBlock  # unless the config has none
     add_embedding: TimestepMLP  # SDXL's
+    checkpointing = False  # True: the backward pass computes every block again, of which only the input is kept
 
     def __init__(self, config: dict[str, Any]):
         super().__init__()
@@ -209,19 +211,24 @@ class UNet(nn.Module):
         skips = [x]
         for stage in _stages(self.down_blocks):
             for i in range(len(stage.resnets)):
-                x = stage.layer(i, x, time, context)
+                x = self._run(stage.layer, i, x, time, context)
                 skips.append(x)
             if hasattr(stage, "downsamplers"):
                 x = stage.downsamplers[0](x)
                 skips.append(x)
         if hasattr(self, "mid_block"):
-            x = self.mid_block(x, time, context)
+            x = self._run(self.mid_block, x, time, context)
         for stage in _stages(self.up_blocks):
             for i in range(len(stage.resnets)):
-                x = stage.layer(i, torch.cat([x, skips.pop()], dim=1), time, context)
+                x = self._run(stage.layer, i, torch.cat([x, skips.pop()], dim=1), time, context)
             if hasattr(stage, "upsamplers"):
                 x = stage.upsamplers[0](x, skips[-1].shape[-2:])
         return norm_silu_conv(x, self.conv_norm_out, self.conv_out)
+
+    def _run(self, block: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
+        return block(*inputs)
 
 
 def _depths(c: dict[str, Any], layers: list[int]) -> tuple[list[list[int]], list[list[int]]]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from ..prompts import CATEGORIES, SHAPES, Prompt, all_prompts, contrastive, corrupt, parse, split
+from ..runs import SIMULATED
 from ..task import Task, TestItem, noise_seed
 from .annotator import judge
 from .scenes import draw, sample_scene
@@ -57,7 +58,7 @@ def shapes_task(images: int, labels: int, test_images: int, pretrain_images: int
         draw=[(text, noise_seed(seed, i)) for i, text in enumerate(drawn)],
         labels=labels,
         judge=judge_texts,
-        judge_name="simulated annotator",
+        judge_name=SIMULATED,
         pretrain=pretrain,
         reference=reference,
     )
