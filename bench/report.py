@@ -122,15 +122,24 @@ def _plot(sweeps: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
-    figure, axes = pyplot.subplots(1, len(sweeps), figsize=(4 * len(sweeps), 3.4), layout="constrained", squeeze=False)
-    for axis, s in zip(axes[0], sweeps):
+    columns = min(3, len(sweeps))
+    rows = -(-len(sweeps) // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(4 * columns, 3.4 * rows), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat[len(sweeps) :]:
+        axis.set_axis_off()
+    for axis, s in zip(axes.flat, sweeps):
         for name, y in s["lines"].items():
             axis.plot(s["x"], y, marker="o", label=f"{name} (slope {_slope(s['x'], y):.2f})")
         axis.set(xscale="log", yscale="log", title=s["sweep"], xlabel=s["unit"], ylabel="seconds")
         axis.title.set_fontsize(10)
         axis.set_xticks(s["x"], [f"{x:,}" for x in s["x"]])
+        decades = max(map(max, s["lines"].values())) / min(map(min, s["lines"].values())) > 30
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1,) if decades else (1, 2, 3, 5), numticks=10))
+        axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

@@ -1,0 +1,320 @@
+"""The memory of fine-tuning Stable Diffusion, counted without a GPU and without the memory: python bench/plan_memory.py
+
+The trainer's step (minialign/finetune.py, `finetune`) runs on torch's fake tensors, which have a shape and no content,
+and the bytes of every tensor are counted while it lives by what counts them for real ones (`pairs.peak_memory`). The
+tables go to stdout and between two marks of docs/stable-diffusion.md.
+
+The tensors are of the CPU, whose operations keep what CUDA's keep but for norms under autocast (`as_on_cuda`).
+Attention is the fused one, which keeps its result and a number a row, as CUDA's flash and memory-efficient kernels do.
+
+Not counted: what kernels use inside (cuDNN, cuBLAS, the buffers of attention's backward pass), the CUDA context and
+libraries (about half a GiB), and what the allocator loses between blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pairs import VAE_CONFIG, peak_memory
+from report import DOCS, _table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from minialign import NoiseSchedule, reward_weighted_loss
+from minialign.models.blocks import ResnetBlock, Transformer2D
+from minialign.models.clip import CLIPTowers, ProjectedTextEncoder, TextEncoder
+from minialign.models.lora import adapters, add_lora
+from minialign.models.unet import UNet
+from minialign.models.vae import VAE
+from minialign.training import progress, trained, training_state
+
+BEGIN, END = "<!-- computed: python bench/plan_memory.py -->", "<!-- end of what was computed -->"
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+OPENCLIP = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32}
+VISION_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}
+CLIP_OF_REWARD = {"text_config": CLIP_L, "vision_config": VISION_L | {"patch_size": 14}, "projection_dim": 768}
+RANK = 16  # of the adapters in the tables
+
+
+@dataclass(frozen=True, eq=False)  # a key by itself
+class Model:
+    """A released checkpoint: configs, and the shapes (C,h,w) and so on of what its UNet reads for an image."""
+
+    name: str
+    unet: dict[str, Any]
+    latents: tuple[int, int, int]
+    context: tuple[tuple[int, ...], ...]
+    text_encoders: tuple[tuple[type[nn.Module], dict[str, Any]], ...]
+
+
+SD1 = Model(
+    "Stable Diffusion 1.x, 512 px",
+    {"cross_attention_dim": 768},
+    (4, 64, 64),
+    ((77, 768),),
+    ((TextEncoder, CLIP_L),),
+)
+XL = Model(
+    "Stable Diffusion XL base, 1024 px",
+    {
+        "block_out_channels": [320, 640, 1280],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "cross_attention_dim": 2048,
+        "attention_head_dim": [5, 10, 20],
+        "transformer_layers_per_block": [1, 2, 10],
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    (4, 128, 128),
+    ((77, 2048), (2816,)),
+    ((TextEncoder, CLIP_L), (ProjectedTextEncoder, OPENCLIP | {"projection_dim": 1280})),
+)
+
+
+@contextmanager
+def as_on_cuda() -> Iterator[None]:
+    """Norms in float32 under autocast, as CUDA has them and the CPU has not (torch's lists of autocast operations)."""
+    whole = {name: getattr(F, name) for name in ("group_norm", "layer_norm")}
+
+    def in_float32(norm: Callable[..., Tensor], x: Tensor, *more: Any) -> Tensor:
+        if not torch.is_autocast_enabled("cpu"):
+            return norm(x, *more)
+        return norm(x.float(), *(part.float() if isinstance(part, Tensor) else part for part in more))
+
+    for name, norm in whole.items():
+        setattr(F, name, partial(in_float32, norm))
+    try:
+        yield
+    finally:
+        for name, norm in whole.items():
+            setattr(F, name, norm)
+
+
+def prepared(config: dict[str, Any], dtype: torch.dtype, lora: int, checkpointing: bool) -> UNet:
+    """The UNet as `finetune_pipeline` trains it: what adapters leave frozen is as short as the arithmetic."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype if lora else torch.float32)  # fake weights cannot be brought to another one
+    try:
+        unet = UNet(config)
+    finally:
+        torch.set_default_dtype(before)
+    if lora:
+        add_lora(unet, lora)
+        for layer in adapters(unet).values():
+            layer.lora_A, layer.lora_B = (nn.Parameter(p.detach().float()) for p in (layer.lora_A, layer.lora_B))
+    unet.checkpointing = checkpointing
+    return unet.train()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on one device while the UNet is trained, without the networks that are not."""
+
+    weights: int
+    gradients: int
+    moments: int  # AdamW's two
+    step: int  # the most that a step adds to weights and moments: what it keeps, its gradients, its copies
+    one_more: int  # the most that a further part of the same step adds to those and to the gradients of the first
+    root: int  # of the weights: what FSDP2 keeps gathered from the forward pass to the end of the backward pass
+    block: int  # and the largest of the blocks that it gathers in their turn
+
+    def peak(self, accumulate: bool = False) -> int:
+        """In a single process. `accumulate`: the rows of a step are computed in several parts."""
+        return self.weights + self.moments + (self.gradients + self.one_more if accumulate else self.step)
+
+    def ddp(self, accumulate: bool = False) -> int:
+        """In each of several processes with whole copies: the buckets that travel are as large as the gradients."""
+        return self.peak(accumulate) + self.gradients
+
+    def fsdp(self, processes: int) -> int:
+        """In each of so many processes with shards of weights, gradients and moments.
+
+        Gathered at the worst moment, in the backward pass: the weights of the root and of two blocks as large as the
+        largest one, in use and fetched ahead; the gradients of the root, of a block, and of one more that are sent.
+        Arithmetic, where all else here is counted.
+        """
+        at_rest = self.weights + self.gradients + self.moments
+        gathered = self.root + 2 * self.block
+        return -(-at_rest // processes) + self.one_more + gathered * (self.weights + self.gradients) // self.weights
+
+
+def size(network: nn.Module) -> int:
+    """Bytes of all weights."""
+    return sum(p.nbytes for p in network.parameters())
+
+
+def measured(
+    unet: UNet, latents: Sequence[int], context: Sequence[Sequence[int]], rows: int, dtype: torch.dtype
+) -> Plan:
+    """The plan of a step of `rows` images, run here, on fake tensors or real ones.
+
+    latents: shape (C,h,w) of an image's; context: shapes of the parts of a prompt's. As in the trainer, a quarter of
+    the rows, as an example, are pre-training pairs: their number changes no byte.
+    """
+    schedule = NoiseSchedule(torch.rand(1000))
+    optimizer = torch.optim.AdamW(trained(unet).values(), fused=True)
+    moments = [t for name, t in training_state(unet, optimizer, None, None).items() if ".exp_avg" in name]
+
+    def part(parts: int) -> None:
+        x0, noise = torch.randn(rows, *latents), torch.randn(rows, *latents)
+        t, is_pair = torch.randint(1000, (rows,)), torch.arange(rows) >= rows - rows // 4
+        prompt = [torch.randn(rows, *shape) for shape in context]
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            prediction = unet(schedule.add_noise(x0, noise, t), t, *prompt)
+        target = schedule.target(x0, noise, t)
+        (prediction.detach().float() - target).square().flatten(1).mean(1)
+        loss = reward_weighted_loss(prediction, target, torch.rand(rows), is_pair)
+        (loss / parts).backward()
+
+    def step() -> None:
+        part(1)
+        nn.utils.clip_grad_norm_(trained(unet).values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    with as_on_cuda():
+        alone = peak_memory(step)
+        for p in trained(unet).values():
+            p.grad = torch.zeros_like(p)
+        further = peak_memory(lambda: part(2))
+    blocks = [size(module) for module in unet.modules() if isinstance(module, (ResnetBlock, Transformer2D))]
+    return Plan(
+        weights=size(unet),
+        gradients=sum(p.nbytes for p in trained(unet).values()),
+        moments=sum(t.nbytes for t in moments),
+        step=alone,
+        one_more=further,
+        root=size(unet) - sum(blocks),
+        block=max(blocks),
+    )
+
+
+def plan(model: Model, rows: int, dtype: torch.dtype, checkpointing: bool = False, lora: int = 0) -> Plan:
+    """The plan of a step of `rows` images in one process and part, without the memory."""
+    with FakeTensorMode():
+        return measured(prepared(model.unet, dtype, lora, checkpointing), model.latents, model.context, rows, dtype)
+
+
+def drawing(model: Model, rows: int) -> int:
+    """The most that drawing `rows` images at once adds to the weights: guided, so that the UNet reads twice as many."""
+    with FakeTensorMode(), torch.no_grad():
+        unet, vae = UNet(model.unet).eval(), VAE(VAE_CONFIG).eval()
+        latents = torch.randn(rows, *model.latents)
+        context = [torch.randn(2 * rows, *shape) for shape in model.context]
+        one_step = peak_memory(lambda: unet(torch.cat([latents, latents]), torch.zeros(2 * rows), *context))
+        return max(one_step, peak_memory(lambda: vae.decode(latents)))
+
+
+def idle(model: Model) -> dict[str, int]:
+    """Bytes, in float32, of the networks that fine-tuning leaves on the device without calling them."""
+    with torch.device("meta"):
+        encoders = sum(size(build(config)) for build, config in model.text_encoders)
+        return {"VAE": size(VAE(VAE_CONFIG)), "text": encoders, "CLIP": size(CLIPTowers(CLIP_OF_REWARD))}
+
+
+HALF = torch.bfloat16  # float16 takes the same bytes
+ALL, ADAPTERS = "all weights", f"`--lora {RANK}`"
+AGAIN = "`--gradient-checkpointing`"
+MODES: dict[tuple[str, str, str], dict[str, Any]] = {
+    (ALL, "float32", ""): {"dtype": torch.float32},
+    (ALL, "float32", AGAIN): {"dtype": torch.float32, "checkpointing": True},
+    (ALL, "half", ""): {"dtype": HALF},
+    (ALL, "half", AGAIN): {"dtype": HALF, "checkpointing": True},
+    (ADAPTERS, "half", ""): {"dtype": HALF, "lora": RANK},
+    (ADAPTERS, "half", AGAIN): {"dtype": HALF, "lora": RANK, "checkpointing": True},
+}
+ROWS = {SD1: (1, 2, 4, 8, 16, 32), XL: (1, 2, 4, 8)}
+DRAWN = (1, 4, 16, 64)  # images drawn at once
+PROCESSES = (2, 4, 8)
+
+
+def main() -> None:
+    models = list(ROWS)
+    todo = [(model, mode, rows) for model in models for mode in MODES for rows in ROWS[model]]
+    plans = {(model, *mode, rows): plan(model, rows, **MODES[mode]) for model, mode, rows in progress(todo, "plan")}
+    parts = []
+    for model in models:
+        rest = sum(idle(model).values())
+        table = [[*mode, *(gib(rest + plans[(model, *mode, rows)].peak()) for rows in ROWS[model])] for mode in MODES]
+        header = ["trained", "`--dtype`", "", *map(str, ROWS[model])]
+        parts.append(f"### {model.name}: GiB on the GPU by images in a process and part\n\n" + _table(header, table))
+    parts += [at_rest(plans), in_processes(plans), stages(), on_disk(plans)]
+    body = "\n\n".join(parts)
+    print(body)
+    path = DOCS / "stable-diffusion.md"
+    text = path.read_text(encoding="utf-8")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    path.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{after}", encoding="utf-8")
+
+
+def gib(number: float) -> str:
+    return f"{number / 2**30:.1f}"
+
+
+def at_rest(plans: dict[tuple, Plan]) -> str:
+    """What is there before the first image, and what flags add."""
+    table = []
+    for model in ROWS:
+        for trains in (ALL, ADAPTERS):
+            p = plans[model, trains, "half", "", 1]
+            more = (q.peak(True) - q.peak() for key, q in plans.items() if key[:3] == (model, trains, "half"))
+            unused = idle(model)
+            row = [p.weights, p.gradients, p.moments, unused["VAE"] + unused["text"], unused["CLIP"]]
+            row += [p.ddp() - p.peak(), p.gradients, max(more)]
+            table.append([model.name.split(",")[0], trains, *map(gib, row)])
+    header = ["", "trained", "UNet", "gradients", "AdamW", "VAE, text", "CLIP", "ddp", "`--ema`", "`--accumulate`"]
+    return "### What of it is there at rest, and what flags add at most (GiB, half precision)\n\n" + _table(
+        header, table
+    )
+
+
+def in_processes(plans: dict[tuple, Plan]) -> str:
+    table = []
+    for model in ROWS:
+        rest = sum(idle(model).values())
+        for again in ("", AGAIN):
+            for rows in ROWS[model][-2:]:
+                p = plans[model, ALL, "half", again, rows]
+                shards = (gib(rest + p.fsdp(number)) for number in PROCESSES)
+                table.append([model.name.split(",")[0], again, str(rows), gib(rest + p.ddp()), *shards])
+    header = ["", "", "images", "ddp", *(f"fsdp, {number} processes" for number in PROCESSES)]
+    return "### GiB on each GPU of several (all weights, half precision)\n\n" + _table(header, table)
+
+
+def stages() -> str:
+    """Drawing and judging work in float32, with one pipeline and the reward's CLIP on the device."""
+    table = []
+    for model in ROWS:
+        unused = idle(model)
+        with torch.device("meta"):
+            there = size(UNet(model.unet)) + sum(unused.values())
+        table.append([model.name.split(",")[0], *(gib(there + drawing(model, rows)) for rows in DRAWN)])
+    return "### Drawing and judging: GiB in float32, by `--draw-batch`\n\n" + _table(["", *map(str, DRAWN)], table)
+
+
+def on_disk(plans: dict[tuple, Plan]) -> str:
+    table = []
+    for model in ROWS:
+        latents = 2 * torch.Size(model.latents).numel()  # mean and deviation
+        text = sum(torch.Size(shape).numel() for shape in model.context)
+        full, lora = (plans[model, trains, "half", "", 1] for trains in (ALL, ADAPTERS))
+        unused = idle(model)
+        checkpoints = [f"{(p.gradients + p.moments) / 1e9:.2f} GB" for p in (full, lora)]
+        folder = full.weights + unused["VAE"] + unused["text"]
+        kept = [f"{2 * latents:,}", f"{2 * text:,}", *checkpoints, f"{lora.gradients / 1e6:.1f} MB"]
+        table.append([model.name.split(",")[0], *kept, f"{folder / 1e9:.1f} GB"])
+    header = ["", "cache: bytes an image", "a caption", "checkpoint", f"with {ADAPTERS}", "lora.safetensors", "model/"]
+    return "### On disk (half precision: cached float32 takes twice the bytes)\n\n" + _table(header, table)
+
+
+if __name__ == "__main__":
+    main()
