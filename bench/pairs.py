@@ -124,7 +124,7 @@ def kernel_share(call: Callable[[], object]) -> float:
     return sum(time for key, time in times.items() if any(name in key for name in KERNELS)) / sum(times.values())
 
 
-class _Memory(TorchDispatchMode):
+class Memory(TorchDispatchMode):
     """Counts the bytes of the storages that operations make, while they live."""
 
     def __init__(self) -> None:
@@ -151,7 +151,7 @@ class _Memory(TorchDispatchMode):
 class _Held:
     """Bytes that count as long as this object lives, which is as long as its storage."""
 
-    def __init__(self, memory: _Memory, size: int):
+    def __init__(self, memory: Memory, size: int):
         self.memory, self.size = memory, size
         memory.live += size
 
@@ -161,7 +161,7 @@ class _Held:
 
 def peak_memory(call: Callable[[], object]) -> int:
     """Peak bytes of what a call allocates through torch; what lived before, such as weights and gradients, is free."""
-    with _Memory() as memory:
+    with Memory() as memory:
         call()
     return memory.peak
 

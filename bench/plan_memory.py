@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from pairs import VAE_CONFIG, peak_memory
+from pairs import VAE_CONFIG, Memory, peak_memory
 from report import DOCS, _table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -122,29 +123,30 @@ class Plan:
     weights: int
     gradients: int
     moments: int  # AdamW's two
-    step: int  # the most that a step adds to weights and moments: what it keeps, its gradients, its copies
-    one_more: int  # the most that a further part of the same step adds to those and to the gradients of the first
+    step: np.ndarray  # what is there besides weights and moments after each operation of a step
+    one_more: np.ndarray  # and besides the gradients of the first part, of a further part of the same step
     root: int  # of the weights: what FSDP2 keeps gathered from the forward pass to the end of the backward pass
     block: int  # and the largest of the blocks that it gathers in their turn
 
     def peak(self, accumulate: bool = False) -> int:
         """In a single process. `accumulate`: the rows of a step are computed in several parts."""
-        return self.weights + self.moments + (self.gradients + self.one_more if accumulate else self.step)
+        more = self.gradients + self.one_more.max() if accumulate else self.step.max()
+        return self.weights + self.moments + int(more)
 
     def ddp(self, accumulate: bool = False) -> int:
         """In each of several processes with whole copies: the buckets that travel are as large as the gradients."""
         return self.peak(accumulate) + self.gradients
 
-    def fsdp(self, processes: int) -> int:
+    def fsdp(self, processes: int, accumulate: bool = False) -> int:
         """In each of so many processes with shards of weights, gradients and moments.
 
         Gathered at the worst moment, in the backward pass: the weights of the root and of two blocks as large as the
         largest one, in use and fetched ahead; the gradients of the root, of a block, and of one more that are sent.
-        Arithmetic, where all else here is counted.
+        Between the parts of a step FSDP2 keeps gradients whole. Arithmetic, where all else here is counted.
         """
         at_rest = self.weights + self.gradients + self.moments
-        gathered = self.root + 2 * self.block
-        return -(-at_rest // processes) + self.one_more + gathered * (self.weights + self.gradients) // self.weights
+        gathered = (self.root + 2 * self.block) * (self.weights + self.gradients) // self.weights
+        return -(-at_rest // processes) + int(self.one_more.max()) + gathered + accumulate * self.gradients
 
 
 def size(network: nn.Module) -> int:
@@ -182,10 +184,10 @@ def measured(
         optimizer.zero_grad(set_to_none=True)
 
     with as_on_cuda():
-        alone = peak_memory(step)
+        alone = live_memory(step)
         for p in trained(unet).values():
             p.grad = torch.zeros_like(p)
-        further = peak_memory(lambda: part(2))
+        further = live_memory(lambda: part(2))
     blocks = [size(module) for module in unet.modules() if isinstance(module, (ResnetBlock, Transformer2D))]
     return Plan(
         weights=size(unet),
@@ -198,10 +200,41 @@ def measured(
     )
 
 
-def plan(model: Model, rows: int, dtype: torch.dtype, checkpointing: bool = False, lora: int = 0) -> Plan:
-    """The plan of a step of `rows` images in one process and part, without the memory."""
+def live_memory(call: Callable[[], object]) -> np.ndarray:
+    """Bytes after each operation of a call; the largest is `peak_memory`'s."""
+
+    class Trace(Memory):
+        def __torch_dispatch__(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().__torch_dispatch__(*args, **kwargs)
+            trace.append(self.live)
+            return out
+
+    trace: list[int] = []
+    with Trace():
+        call()
+    return np.array(trace)
+
+
+def plans(
+    model: Model, rows: Sequence[int], dtype: torch.dtype, checkpointing: bool = False, lora: int = 0
+) -> dict[int, Plan]:
+    """The plans of steps of so many images each, in one process and part, without the memory.
+
+    After each operation there is what does not depend on the rows, and so much for each: two runs tell both.
+    """
     with FakeTensorMode():
-        return measured(prepared(model.unet, dtype, lora, checkpointing), model.latents, model.context, rows, dtype)
+        two, three = (
+            measured(prepared(model.unet, dtype, lora, checkpointing), model.latents, model.context, n, dtype)
+            for n in (2, 3)
+        )
+    return {
+        n: replace(
+            two,
+            step=two.step + (n - 2) * (three.step - two.step),
+            one_more=two.one_more + (n - 2) * (three.one_more - two.one_more),
+        )
+        for n in rows
+    }
 
 
 def drawing(model: Model, rows: int) -> int:
@@ -239,15 +272,16 @@ PROCESSES = (2, 4, 8)
 
 def main() -> None:
     models = list(ROWS)
-    todo = [(model, mode, rows) for model in models for mode in MODES for rows in ROWS[model]]
-    plans = {(model, *mode, rows): plan(model, rows, **MODES[mode]) for model, mode, rows in progress(todo, "plan")}
+    found: dict[tuple, Plan] = {}
+    for model, mode in progress([(model, mode) for model in models for mode in MODES], "plan"):
+        found |= {(model, *mode, rows): one for rows, one in plans(model, ROWS[model], **MODES[mode]).items()}
     parts = []
     for model in models:
         rest = sum(idle(model).values())
-        table = [[*mode, *(gib(rest + plans[(model, *mode, rows)].peak()) for rows in ROWS[model])] for mode in MODES]
+        table = [[*mode, *(gib(rest + found[(model, *mode, rows)].peak()) for rows in ROWS[model])] for mode in MODES]
         header = ["trained", "`--dtype`", "", *map(str, ROWS[model])]
         parts.append(f"### {model.name}: GiB on the GPU by images in a process and part\n\n" + _table(header, table))
-    parts += [at_rest(plans), in_processes(plans), stages(), on_disk(plans)]
+    parts += [at_rest(found), in_processes(found), stages(), on_disk(found)]
     body = "\n\n".join(parts)
     print(body)
     path = DOCS / "stable-diffusion.md"
@@ -260,13 +294,13 @@ def gib(number: float) -> str:
     return f"{number / 2**30:.1f}"
 
 
-def at_rest(plans: dict[tuple, Plan]) -> str:
+def at_rest(found: dict[tuple, Plan]) -> str:
     """What is there before the first image, and what flags add."""
     table = []
     for model in ROWS:
         for trains in (ALL, ADAPTERS):
-            p = plans[model, trains, "half", "", 1]
-            more = (q.peak(True) - q.peak() for key, q in plans.items() if key[:3] == (model, trains, "half"))
+            p = found[model, trains, "half", "", 1]
+            more = (q.peak(True) - q.peak() for key, q in found.items() if key[:3] == (model, trains, "half"))
             unused = idle(model)
             row = [p.weights, p.gradients, p.moments, unused["VAE"] + unused["text"], unused["CLIP"]]
             row += [p.ddp() - p.peak(), p.gradients, max(more)]
@@ -277,13 +311,13 @@ def at_rest(plans: dict[tuple, Plan]) -> str:
     )
 
 
-def in_processes(plans: dict[tuple, Plan]) -> str:
+def in_processes(found: dict[tuple, Plan]) -> str:
     table = []
     for model in ROWS:
         rest = sum(idle(model).values())
         for again in ("", AGAIN):
             for rows in ROWS[model][-2:]:
-                p = plans[model, ALL, "half", again, rows]
+                p = found[model, ALL, "half", again, rows]
                 shards = (gib(rest + p.fsdp(number)) for number in PROCESSES)
                 table.append([model.name.split(",")[0], again, str(rows), gib(rest + p.ddp()), *shards])
     header = ["", "", "images", "ddp", *(f"fsdp, {number} processes" for number in PROCESSES)]
@@ -301,12 +335,12 @@ def stages() -> str:
     return "### Drawing and judging: GiB in float32, by `--draw-batch`\n\n" + _table(["", *map(str, DRAWN)], table)
 
 
-def on_disk(plans: dict[tuple, Plan]) -> str:
+def on_disk(found: dict[tuple, Plan]) -> str:
     table = []
     for model in ROWS:
         latents = 2 * torch.Size(model.latents).numel()  # mean and deviation
         text = sum(torch.Size(shape).numel() for shape in model.context)
-        full, lora = (plans[model, trains, "half", "", 1] for trains in (ALL, ADAPTERS))
+        full, lora = (found[model, trains, "half", "", 1] for trains in (ALL, ADAPTERS))
         unused = idle(model)
         checkpoints = [f"{(p.gradients + p.moments) / 1e9:.2f} GB" for p in (full, lora)]
         folder = full.weights + unused["VAE"] + unused["text"]
