@@ -207,7 +207,7 @@ def finetune(
         if min_snr:
             root = min_snr_weight(schedule, t, min_snr).sqrt()[:, None, None, None]
             prediction, target = prediction * root, target * root
-        # the means are over all rows of the step: one, where the parts have equally many
+        # reward_weighted_loss takes means over the part's rows; these make them means over all rows of the step
         model_scale, pair_scale = parts * len(model_part) / model_rows, parts * len(pair_part) / max(pair_rows, 1)
         loss = reward_weighted_loss(prediction, target, factor * model_scale, is_pair, beta * pair_scale)
         return loss, torch.stack([(errors * ~is_pair).sum(), (errors * is_pair).sum()])

@@ -101,7 +101,7 @@ def distributed(network: nn.Module, parallel: str, device: torch.device) -> nn.M
 
 
 def synchronise(network: nn.Module, now: bool) -> None:
-    """Whether the next backward pass exchanges gradients among processes; before it, the last of those accumulated."""
+    """Whether the next call and its backward pass exchange gradients: of the accumulated parts the last one alone."""
     if isinstance(network, nn.parallel.DistributedDataParallel):
         network.require_backward_grad_sync = now
     elif hasattr(network, "set_requires_gradient_sync"):  # FSDP2's
