@@ -16,6 +16,7 @@ import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,13 @@ from torch import Tensor
 
 from .command import Parser, in_range, run_command
 from .feedback import FeedbackStore
-from .generate import begin, draw, fingerprint, generate, grammar_of, read_prompts
+from .generate import draw, fingerprint, generate, grammar_of, read_prompts
 from .models.clip import CLIP
 from .models.pretrained import InputError, read_json
 from .pipeline import Pipeline
 from .prompts import SHAPES, parse, recognise, split
 from .reward import RewardModel, embed_images, embed_texts, features
-from .runs import EMBEDDED_DEFAULTS, OWN_CLIP, OWN_DEFAULTS, SIMULATED, locked, pick_device
+from .runs import EMBEDDED_DEFAULTS, OWN_CLIP, OWN_DEFAULTS, SIMULATED, locked, open_run, pick_device
 from .shapes.annotator import judge
 from .shapes.scenes import draw as draw_scene
 from .shapes.scenes import sample_scene
@@ -66,6 +67,39 @@ def paired_interval(
     sums = torch.zeros(n, dtype=torch.float64).index_add_(0, cluster, gains - gains.mean())
     half = z * math.sqrt(float(sums.square().sum()) * n / (n - 1)) / len(gains) if n > 1 else 1.0
     return [float(gains.mean()) - half, float(gains.mean()) + half]
+
+
+@cache
+def student_t(freedom: int, level: float = 0.95) -> float:
+    """Half the width of Student's t interval in standard errors (Student 1908): the quantile at (1 + level) / 2.
+
+    With t = sqrt(n) tan(a) the density of n degrees of freedom is proportional to cos(a)^(n - 1), summed here to 1e-7.
+    """
+    angle = torch.linspace(0, math.pi / 2, 2_000_001, dtype=torch.float64)
+    mass = torch.cumulative_trapezoid(angle.cos() ** (freedom - 1), angle)
+    place = int(torch.searchsorted(mass, level * mass[-1]))
+    return math.sqrt(freedom) * math.tan(float(angle[place + 1]))
+
+
+def contrasts(values: Tensor, reference: int, apart: Sequence[int] = ()) -> list[tuple[float, float, float]]:
+    """Each of R treatments against one of them in S blocks: its mean difference and the ends of its 95 % interval.
+
+    values (R,S) in float64 are y_rs = mu_r + b_s + e_rs with one variance of e, as in a randomised block design (Fisher
+    1935); the residuals of R' rows estimate it with (R' - 1)(S - 1) degrees of freedom. These are all but the rows
+    `apart`, whose variance may be another: each of these is compared by itself, the paired t test.
+    """
+    alike = [i for i in range(len(values)) if i not in apart]
+    part, blocks = values[alike], values.shape[1]
+    freedom = (len(alike) - 1) * (blocks - 1)
+    residuals = part - part.mean(1, keepdim=True) - part.mean(0) + part.mean()
+    found = []
+    for i, difference in enumerate((values.mean(1) - values[reference].mean()).tolist()):
+        if i in apart:
+            found.append(contrasts(values[[reference, i]], 0)[1])
+        else:
+            half = student_t(freedom) * math.sqrt(float(residuals.square().sum()) / freedom * 2 / blocks)
+            found.append((difference, difference - half, difference + half))
+    return found
 
 
 def compare(
@@ -169,27 +203,48 @@ def judge_both(
     prompts = [item.prompt for item in task.test]
     text = embed_texts(clip, prompts)
     reference = embed_images(clip, task.reference()) if task.reference else None
-    aligned: dict[str, list[float]] = {}
     drawn: dict[str, list[Image.Image]] = {}
-    verdicts: dict[str, list[str]] = {}
-    measured: dict[str, dict[str, float | None]] = {"readable": {}, "fidelity": {}, "diversity": {}, "reward": {}}
+    judged: dict[str, dict[str, Any]] = {}
     for side, load in (("before", before), ("after", after)):
         drawn[side] = list(draw(load(), items, **sampling, title=f"draw {side}"))
-        features = embed_images(clip, drawn[side])
-        score = reward(features, text)
-        if task.judge:
-            verdicts[side] = task.judge(drawn[side], prompts)
-        else:
-            verdicts[side] = ["good" if value > 0.5 else "bad" for value in score.tolist()]
-        aligned[side] = [float(verdict == "good") for verdict in verdicts[side]]
-        measured["readable"][side] = sum(v != "skip" for v in verdicts[side]) / len(items) if task.judge else None
-        measured["fidelity"][side] = frechet_distance(features, reference) if reference is not None else None
-        measured["diversity"][side] = diversity(features, prompts)
-        measured["reward"][side] = float(score.mean())
+        judged[side] = judge_images(drawn[side], task, clip, reward, text, reference)
+    verdicts = {side: found.pop("verdicts") for side, found in judged.items()}
     write_samples(folder, task, drawn, verdicts)
-    mean_reward = measured.pop("reward")
-    alignment = compare([item.groups for item in task.test], prompts, aligned["before"], aligned["after"])
-    return {"alignment": alignment, "judge": task.judge_name, **measured, "mean_reward": mean_reward}
+    aligned = [[float(verdict == "good") for verdict in verdicts[side]] for side in ("before", "after")]
+    measured = {name: {side: judged[side][name] for side in judged} for name in judged["before"]}
+    return {
+        "alignment": compare([item.groups for item in task.test], prompts, *aligned),
+        "judge": task.judge_name,
+    } | measured
+
+
+@torch.no_grad()
+def judge_images(
+    images: Sequence[Image.Image],
+    task: Task,
+    clip: CLIP,
+    reward: RewardModel,
+    text: Tensor,
+    reference: Tensor | None,
+) -> dict[str, Any]:
+    """What is said of B images, one for each of the task's test items: their verdicts, and numbers of all of them.
+
+    text (B,E), reference (M,E): CLIP's embeddings of the prompts, and of what good images look like, if any do.
+    """
+    features, prompts = embed_images(clip, images), [item.prompt for item in task.test]
+    score = reward(features, text)
+    if task.judge:
+        verdicts = task.judge(images, prompts)
+    else:
+        verdicts = ["good" if value > 0.5 else "bad" for value in score.tolist()]
+    return {
+        "verdicts": verdicts,
+        "readable": sum(verdict != "skip" for verdict in verdicts) / len(images) if task.judge else None,
+        "fidelity": frechet_distance(features, reference) if reference is not None else None,
+        "cmmd": cmmd(features, reference) if reference is not None else None,
+        "diversity": diversity(features, prompts),
+        "mean_reward": float(score.mean()),
+    }
 
 
 def write_samples(
@@ -339,7 +394,7 @@ def draw_and_judge(
     number = zlib.crc32(json.dumps(settings, sort_keys=True).encode())
     stem = re.sub(r"[^\w.-]+", "-", "embedded" if source is None else source.rstrip("/").split("/")[-1])
     place = folder / "compare" / f"{stem}-{number:08x}"
-    begin(place, settings)
+    open_run(place, settings)
     generate(pipe, prompts, settings, place, batch, test=True)
     store = FeedbackStore(place)
     try:

@@ -304,7 +304,7 @@ def read_labels(path: Path) -> list[FileLabel]:
         raise InputError(f"{path}: cannot be read as text ({error})") from error
     rows: list[FileLabel] = []
     opened: dict[Path, str | None] = {}
-    for number, row in _rows(path, text):
+    for number, row in read_rows(path, text):
         where = f"{path}, line {number}"
         missing = [key for key in COLUMNS[:3] if row.get(key) in (None, "")]
         if missing:
@@ -437,7 +437,7 @@ class _Places:
         return os.path.relpath(os.path.join(self.store, path), self.folder)
 
 
-def _rows(path: Path, text: str) -> Iterable[tuple[int, dict[str, Any]]]:
+def read_rows(path: Path, text: str) -> Iterable[tuple[int, dict[str, Any]]]:
     """(line number, columns) of a CSV or JSON lines file."""
     if path.suffix.lower() == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""))

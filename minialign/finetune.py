@@ -39,7 +39,7 @@ from .models.clip import CLIP
 from .models.lora import add_lora, load_lora, merge_lora, save_lora
 from .models.pretrained import InputError, read_json, read_weights
 from .pipeline import Pipeline
-from .reward import RewardModel, learn_reward
+from .reward import RewardModel, embed_images, embed_texts, learn_reward
 from .runs import (
     EMBEDDED_DEFAULTS,
     FROM_FILE,
@@ -212,9 +212,16 @@ def finetune(
         loss = reward_weighted_loss(prediction, target, factor * model_scale, is_pair, beta * pair_scale)
         return loss, torch.stack([(errors * ~is_pair).sum(), (errors * is_pair).sum()])
 
+    def look_at(step: int) -> None:
+        with arithmetic, average.in_place(unet) if average is not None else nullcontext():
+            validate(step)
+            reshard(unet)
+
     never = torch.tensor(steps, device=device)
     first_bad = never  # the first step whose loss was not finite
     unet.train()
+    if first and validate_every and first % validate_every == 0:  # a killed run may not have come to it
+        look_at(first)
     with Stop() as stop:
         for step in progress(range(first, steps), "fine-tune", steps, first):
             rate = learning_rate(step, steps, peak_learning_rate, min(warmup, steps), lr_schedule)
@@ -238,9 +245,9 @@ def finetune(
                 average.update(unet, step)
 
             save = (step + 1) % checkpoint_every == 0 or step + 1 == steps
-            look = save or (step + 1) % LOG_EVERY == 0  # reading from the device waits for it: not at every step
+            read = save or (step + 1) % LOG_EVERY == 0  # reading from the device waits for it: not at every step
             asked = any(gathered(stop.asked))  # among hosts: no device is waited for
-            if look or asked:
+            if read or asked:
                 seen = gathered((first_bad.item(), total.item(), *errors.tolist()))
                 bad = min(values[0] for values in seen)
                 if bad < steps:
@@ -260,9 +267,7 @@ def finetune(
             if asked:
                 raise Terminated(f"SIGTERM at step {step + 1}, which is saved")
             if validate_every and (step + 1) % validate_every == 0:
-                with arithmetic, average.in_place(unet) if average is not None else nullcontext():
-                    validate(step + 1)
-                    reshard(unet)
+                look_at(step + 1)
         if any(gathered(stop.asked)):
             raise Terminated(f"SIGTERM at step {steps}, which is saved")
     if average is not None:
@@ -417,7 +422,7 @@ def run(
                 settings = settings | {"model": str(before / "model"), "round": number}
                 stands_for = fingerprint(Pipeline.from_pretrained(settings["model"]))
             settings = settings | {"checkpoint_crc32": stands_for}
-            job = open_run(place, settings)
+            job = open_run(place, settings, "use another --out, or --fresh")
             results.append(run_stages(job, clip, task, settings, cache or folder / "cache", before))
         if rounds > 1:
             results[0]["rounds"] = [
@@ -465,7 +470,8 @@ def run_stages(
         if todo:
             known = {i: labels[image.id] for i, image in enumerate(images) if image.id in labels}
             old = before / "reward" if before is not None and not known else None
-            learn_reward(task.contrastive, clip, pictures, prompts, known, settings, folder, job.log("reward"), old)
+            image, text = embed_images(clip, pictures), embed_texts(clip, prompts)
+            learn_reward(task.contrastive, clip, image, text, prompts, known, settings, folder, job.log("reward"), old)
     with job.stage("finetune", "the UNet learns its own images again, the better ones more", together=True) as todo:
         if todo:
             finetune_pipeline(load(), task, pictures, prompts, settings, folder, job.log("finetune"), cache)
@@ -557,10 +563,12 @@ def finetune_pipeline(
     folder: Path,
     log: Callable[[dict[str, Any]], None],
     cache: Path,
+    look: Callable[[Pipeline, Task, dict[str, Any], Path], Callable[[int], None]] | None = None,
 ) -> None:
     """Encode images and prompts once, fine-tune, and write `folder`/model, and adapters to lora.safetensors.
 
-    Without captioned images of its own kind, the model's own images, all weighing one, hold it in place.
+    Without captioned images of its own kind, the model's own images, all weighing one, hold it in place. `look` makes
+    what is called with the step every settings["validate_every"] of them, `validation` unless given.
     """
     scored = read_weights(folder / "cache" / "reward.safetensors")
     weight = WEIGHTINGS[settings["weighting"]].weight(
@@ -610,7 +618,7 @@ def finetune_pipeline(
     finetune(
         pipe.unet, pipe.schedule, context, latents[0], weight, latents[-1], folder / "checkpoints",
         peak_learning_rate=settings["learning_rate"], dtype=dtype, log=log,
-        validate=validation(pipe, task, settings, folder),
+        validate=(look or validation)(pipe, task, settings, folder),
         **{key: settings[key] for key in PASSED_ON},
     )  # fmt: skip
     gather_weights(pipe.unet)
@@ -682,6 +690,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     add("--weighting", choices=WEIGHTINGS, help=f"of the model's images: {choices} (default: reward)")
     add("--tau", type=in_range(float, 1e-6), help="of --weighting (default: its own)")
+    tuned("--lambda", in_range(float, 0), "weight of the reward's auxiliary loss")
+    tuned("--temperature", in_range(float, 1e-6), "T of the reward's auxiliary loss")
     tuned("--clip-norm", in_range(float, 1e-6), "largest norm of the gradient")
     tuned("--ema", in_range(float, 0, 0.999999), "decay of an average of the weights, kept in their place; 0: none")
     tuned("--prompt-dropout", in_range(float, 0, 1), "part of the prompts that is left out, for guidance")

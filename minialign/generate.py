@@ -8,7 +8,6 @@ on where it stopped.
 from __future__ import annotations
 
 import argparse
-import platform
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,16 +16,15 @@ from typing import Any
 import torch
 from PIL import Image
 
-from . import __version__
 from .command import Parser, in_range, run_command
-from .feedback import FeedbackStore, _rows
-from .models.pretrained import InputError, read_bytes, read_json
+from .feedback import FeedbackStore, read_rows
+from .models.pretrained import InputError, read_bytes
 from .pipeline import Pipeline
 from .prompts import PAPER, SHAPES, Grammar, split
-from .runs import EMBEDDED_DEFAULTS, OWN_DEFAULTS, check_folder, locked, pick_device
+from .runs import EMBEDDED_DEFAULTS, OWN_DEFAULTS, check_folder, locked, open_run, pick_device
 from .shapes.scenes import SIZE
 from .task import LAST_SEED, NOISES, noise_seed
-from .training import atomic, progress, remove_unfinished, write_json
+from .training import atomic, progress
 
 
 def draw(
@@ -105,7 +103,7 @@ def read_prompts(path: Path) -> list[str]:
         raise InputError(f"{path}: cannot be read as text ({error})") from error
     if path.suffix.lower() in (".csv", ".jsonl", ".json"):
         found = []
-        for number, row in _rows(path, text):
+        for number, row in read_rows(path, text):
             if not str(row.get("prompt") or "").strip():
                 raise InputError(f"{path}, line {number}: no 'prompt'; column needed: prompt")
             found.append(str(row["prompt"]))
@@ -115,20 +113,6 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise InputError(f"{path}: no prompts; accepted: a prompt a line, or .csv or .jsonl with a column prompt")
     return prompts
-
-
-def begin(folder: Path, settings: dict[str, Any]) -> None:
-    """Begin or go on with the run in `folder`; InputError where it was begun with other settings."""
-    path = folder / "config.json"
-    if path.exists():
-        begun = read_json(path).get("settings", {})
-        for key, value in settings.items():
-            if (was := begun.get(key)) != value:
-                raise InputError(f"--out {folder}: was begun with {key}={was!r}, not {value!r}; use another --out")
-        remove_unfinished(folder)
-    else:
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        write_json(path, {"settings": settings, "minialign": __version__, "versions": versions})
 
 
 def generate(
@@ -203,7 +187,7 @@ def main() -> None:
     settings["prompts_crc32"] = f"{zlib.crc32(content):08x}"
     settings["checkpoint_crc32"] = fingerprint(pipe)
     with locked(args.out):
-        begin(args.out, settings)
+        open_run(args.out, settings)
         total = generate(pipe, prompts, settings, args.out, args.batch_size or min(64, defaults["batch_size"]))
     print(f"{args.out}: {total} images of {len(prompts)} prompts. Next: python -m minialign.label {args.out}")
 

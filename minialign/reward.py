@@ -336,21 +336,24 @@ def contrast_embeds(clip: CLIP, choices: Sequence[Sequence[str]]) -> Tensor:
 def learn_reward(
     contrastive: Callable[[str, int, random.Random], list[str]],
     clip: CLIP,
-    pictures: Sequence[Image.Image],
+    image: Tensor,
+    text: Tensor,
     prompts: Sequence[str],
     labels: dict[int, float],
     settings: dict[str, Any],
     folder: Path,
     log: Callable[[dict[str, Any]], None],
     learned: Path | None = None,
+    held_out: dict[int, float] | None = None,
 ) -> None:
     """Train the reward model on `labels` (image number -> 0 or 1), measure it on held-out ones, score all images.
 
-    Where `learned` is given, the folder of a reward model, that one scores them and nothing is trained.
+    image, text (B,E): CLIP's embeddings of all images and of their prompts. `held_out` are labels to measure it on; a
+    part of `labels` unless given. Where `learned` is given, the folder of a reward model, that one scores them and
+    nothing is trained.
     """
     if learned is None and not any(labels.values()):
         raise InputError(f"none of the {len(labels)} labels is good: there is nothing to learn from")
-    image, text = embed_images(clip, pictures), embed_texts(clip, prompts)
     rng = random.Random(settings["seed"])
     if learned is not None:
         model = RewardModel.from_pretrained(learned, device=image.device)
@@ -358,8 +361,9 @@ def learn_reward(
         model.save_pretrained(folder / "reward")
         write_json(folder / "reward" / "held_out.json", read_json(learned / "held_out.json"))
         return
-    test = sorted(rng.sample(sorted(labels), round(HELD_OUT * len(labels))))
-    train = sorted(labels.keys() - set(test))
+    if held_out is None:
+        held_out = {i: labels[i] for i in held_out_labels(labels, rng)}
+    train, test = sorted(labels.keys() - held_out.keys()), sorted(held_out)
     if not any(labels[i] for i in train):  # too few labels to spare any
         train, test = list(labels), []
     choices = [contrastive(prompts[i], CONTRASTIVE, rng) for i in train]
@@ -368,24 +372,28 @@ def learn_reward(
     label = torch.tensor([labels[i] for i in train], device=image.device)
     model = train_reward(
         image[train], text[train], contrast, label, config,
-        steps=settings["reward_steps"], temperature=settings["temperature"], seed=settings["seed"], log=log,
+        steps=settings["reward_steps"], weight_of_classification=settings["lambda"],
+        temperature=settings["temperature"], seed=settings["seed"], log=log,
     )  # fmt: skip
     score = _score(model, contrastive, clip, image, text, prompts, settings, folder, rng)
-    truth = torch.tensor([labels[i] for i in test], device=image.device)
+    truth = torch.tensor([held_out[i] for i in test], device=image.device)
     cosine = torch.cosine_similarity(image[test], text[test])
     model.save_pretrained(folder / "reward")
     write_json(
         folder / "reward" / "held_out.json",
         {
-            "accuracy": float(((score[test] > 0.5) == (truth > 0.5)).float().mean()) if test else None,
-            "auc": area_under_curve(score[test], truth),
+            **(measure(score[test], truth) if test else dict.fromkeys(("accuracy", "auc"))),
             "clip_score_auc": area_under_curve(cosine, truth),
             "labels": len(labels),
             "held_out": len(test),
             "good_fraction": sum(labels.values()) / len(labels),
-            "calibration": calibration(score[test], truth),
         },
     )
+
+
+def held_out_labels(labels: dict[int, float], rng: random.Random) -> list[int]:
+    """The images whose labels judge the reward model in place of teaching it: HELD_OUT of them, drawn at random."""
+    return sorted(rng.sample(sorted(labels), round(HELD_OUT * len(labels))))
 
 
 def _score(

@@ -46,6 +46,7 @@ COMMON_DEFAULTS: dict[str, Any] = {
     "keep": 2,
     "validate_every": 0,
     "reward_steps": 1000,
+    "lambda": 0.5,  # the paper's
     "seed": 0,
 }
 EMBEDDED_DEFAULTS = COMMON_DEFAULTS | {  # how they were chosen: docs/results.md
@@ -102,6 +103,10 @@ FREE = (  # settings that may change when a run goes on: they change its roundin
     "draw_batch",
 )
 OWN_CLIP = "openai/clip-vit-large-patch14"  # the paper's
+
+
+class Busy(InputError):
+    """A run that another process is at work on."""
 
 
 class Run:
@@ -189,20 +194,18 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
     except BlockingIOError as error:
-        raise InputError(f"--out {folder}: another process is at work on this run") from error
+        raise Busy(f"--out {folder}: another process is at work on this run") from error
 
 
-def open_run(folder: Path, settings: dict[str, Any]) -> Run:
-    """The run in `folder`, new or gone on with; InputError where it was begun with other settings."""
+def open_run(folder: Path, settings: dict[str, Any], remedy: str = "use another --out") -> Run:
+    """The run in `folder`, new or gone on with; InputError, with a remedy, where it was begun with other settings."""
     path = folder / "config.json"
     if leading():
         if path.exists():
             begun = read_json(path)["settings"]
             for key, value in settings.items():
                 if (was := begun.get(key)) != value and key not in FREE:
-                    raise InputError(
-                        f"{folder} was begun with {key}={was!r}, not {value!r}; use another --out, or --fresh"
-                    )
+                    raise InputError(f"--out {folder}: was begun with {key}={was!r}, not {value!r}; {remedy}")
             remove_unfinished(folder)
         else:
             versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -257,7 +260,6 @@ def remove_run(folder: Path) -> None:
         "checkpoints",
         "model",
         "samples",
-        "controls",
         "compare",
         "validation",
         "tensorboard",

@@ -201,8 +201,10 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None, done: int = 0) -> Iterator[T]:
-    """A progress bar on stderr with rate and time left, of the leading process."""
-    how: dict[str, Any] = {"file": sys.stderr, "dynamic_ncols": True, "mininterval": 0.5, "disable": not leading()}
+    """A progress bar on stderr with rate and time left, of the leading process; none under TQDM_DISABLE=1."""
+    how: dict[str, Any] = {"file": sys.stderr, "dynamic_ncols": True, "mininterval": 0.5}
+    if not leading():
+        how["disable"] = True
     yield from tqdm(items, description, total, initial=done, **how)
 
 

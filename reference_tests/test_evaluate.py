@@ -30,9 +30,10 @@ from minialign.evaluate import (
     wilson_interval,
 )
 from minialign.feedback import FeedbackStore
-from minialign.generate import begin, generate
+from minialign.generate import generate
 from minialign.models.pretrained import EMBEDDED
 from minialign.prompts import SHAPES, split
+from minialign.runs import open_run
 from minialign.shapes.task import shapes_task
 from minialign.task import noise_seed
 
@@ -176,7 +177,7 @@ def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate") / "run"
     pipe = Pipeline.from_pretrained()
     settings = {"images_per_prompt": 1, "model": None, "seed": 0, "sampling_steps": 1, "guidance": 1.0}
-    begin(folder, settings)
+    open_run(folder, settings)
     generate(pipe, ["a red circle", "two blue stars on the sand"], settings, folder, 8)
     torch.manual_seed(0)
     RewardModel({"width": 64, "hidden": 8, "clip": None}).save_pretrained(folder / "reward")

@@ -109,13 +109,15 @@ def test_held_out_labels_are_not_learned(tmp_path):
     pictures = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(160)]
     prompts = [prompt.text for prompt in all_prompts(SHAPES)[-160:]]
     labels = {i: float(rng.random() < 0.5) for i in range(20, 160)}
-    settings = {"hidden": 256, "clip": None, "reward_steps": 600, "temperature": 2.0, "seed": 0, "weighting": "reward"}
+    settings = {"hidden": 256, "clip": None, "reward_steps": 600, "lambda": 0.5, "temperature": 2.0, "seed": 0}
+    settings["weighting"] = "reward"
     clip = CLIP.from_pretrained()
+    image, text = embed_images(clip, pictures), embed_texts(clip, prompts)
 
     def other(text, number, rng):
         return [prompts[rng.randrange(160)] for _ in range(number)]
 
-    learn_reward(other, clip, pictures, prompts, labels, settings, tmp_path, lambda row: None)
+    learn_reward(other, clip, image, text, prompts, labels, settings, tmp_path, lambda row: None)
     held_out = json.loads((tmp_path / "reward" / "held_out.json").read_text())
     assert held_out["labels"] == 140 and held_out["held_out"] == 21 and 0.2 < held_out["auc"] < 0.8
     score = read_weights(tmp_path / "cache" / "reward.safetensors")["reward"]

@@ -95,7 +95,7 @@ def save_lora(unet: nn.Module, path: str | Path, dtype: torch.dtype | None = Non
             weights[f"unet.{name}.{key}.weight"] = tensor.detach().to("cpu", dtype).contiguous()
     if not weights:
         raise ValueError("this UNet has no adapters; unmerge_lora first if they are merged")
-    temporary = Path(path).with_suffix(".tmp")
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")  # a name that the next run of a command removes
     save_file(weights, temporary, {"format": "pt"})
     os.replace(temporary, path)
 

@@ -90,6 +90,7 @@ def look(image: Image.Image) -> tuple[str, list[Region]] | None:
     return (background, regions) if regions else None
 
 
+@np.errstate(invalid="ignore")  # what covers nothing has no numbers, and so none of the shapes
 def shape_numbers(cover: Array) -> Array:
     """Four numbers of a region that do not change with place, size and tilt.
 
