@@ -498,15 +498,6 @@ def test_labels_go_out_and_in_by_command(run, tmp_path, monkeypatch, capsys):
     assert out == "3 labels by 1 labeller on 3 of 12 images\nno image was judged by two labellers yet\n"
 
 
-def test_flags_in_the_documents_exist(capsys):
-    with pytest.raises(SystemExit):
-        label.parse_arguments(["--help"])
-    told = capsys.readouterr().out
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    lines = [line for page in pages for line in re.findall(r"minialign\.label[^`\n#&]*", page.read_text())]
-    assert lines and all(flag in told for line in lines for flag in re.findall(r"--[\w-]+", line))
-
-
 # ------------------------------------------------------------------------------------------------- blind comparison
 def test_pairs_are_matched_by_prompt_and_seed_else_by_prompt(run, tmp_path):
     other = make_run(tmp_path / "other", {"two dogs": 2, "a cat": 2, "a horse": 2}, color=200)
