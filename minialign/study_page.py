@@ -264,6 +264,8 @@ def _limit(axes: Any, placed: Sequence[tuple[Row, float, float, int]], metric: s
     low = min(mean - half for row, mean, half, _ in placed if not row.apart)
     high = max(mean + half for row, mean, half, _ in placed if not row.apart)
     room = 0.6 * (high - low)
+    if math.isnan(room):  # a quick study has metrics without a value
+        return
     axes.set_xlim(low - room, high + room)
     for _, mean, _, y in placed:
         if mean < low - room:

@@ -108,6 +108,7 @@ def test_norm_silu_conv_without_gradients_works_in_place():
     assert torch.equal(out, conv(F.silu(norm(x))))
 
 
+@pytest.mark.slow
 def test_the_unet_is_one_graph():
     torch.manual_seed(0)
     unet = UNet(SMALL_UNET)

@@ -289,7 +289,14 @@ def test_a_tenth_of_the_prompts_is_left_out(tmp_path):
     assert abs(share[2] - 0.1) < 0.04 and abs(share[0] - 0.45) < 0.06  # three standard deviations, and the rest even
 
 
-@pytest.mark.parametrize("stage", ["draw_to_folder", "label", "learn_reward", "finetune_pipeline", "judge_both"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "draw_to_folder",
+        "finetune_pipeline",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("label", "learn_reward", "judge_both")),
+    ],
+)
 def test_a_run_that_died_in_a_stage_goes_on_to_the_same_weights(finished, tmp_path, monkeypatch, stage):
     whole = getattr(finetune, stage)
 
@@ -418,6 +425,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys)
     assert sorted(path.name for path in tmp_path.rglob("*")) == held
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["textnorm", "advantage"])
 def test_other_weightings_go_through_the_main_job(name, tmp_path):
     results = small_run(tmp_path / "run", weighting=name, tau=WEIGHTINGS[name].tau, images=64)
