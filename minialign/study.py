@@ -190,9 +190,9 @@ def world(folder: Path, seed: int, size: str) -> World:
     rows = [i for i, item in enumerate(task.test) if "unseen" in item.groups]
     items = [(task.test[i].prompt, task.test[i].seed) for i in rows]
     drawn = list(draw(Pipeline.from_pretrained(), items, **_sampling(settings), title="unseen prompts"))
-    verdicts_ = task.judge(drawn, [prompt for prompt, _ in items]) if task.judge else []
-    sure = [k for k, verdict in enumerate(verdicts_) if verdict != "skip"]
-    label = torch.tensor([float(verdicts_[k] == "good") for k in sure])
+    judged = task.judge(drawn, [prompt for prompt, _ in items]) if task.judge else []
+    sure = [k for k, verdict in enumerate(judged) if verdict != "skip"]
+    label = torch.tensor([float(judged[k] == "good") for k in sure])
     unseen = embed_images(clip, drawn)[sure], text[len(prompts) :][[rows[k] for k in sure]], label
     return World(
         job,
@@ -535,21 +535,22 @@ def main() -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("the study draws figures: it needs matplotlib (pip install 'minialign[report]')")
     check_folder(folder)
-    with_blocks(docs / "results.md", dict.fromkeys(questions(size), ("", "")))  # or it would be known in an hour
+    names = ["setting", "categories", "strips", *questions(size)]
+    with_blocks(docs / "results.md", dict.fromkeys(names, ("", "")))  # or it would be known in an hour
     try:
         docs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--docs {docs}: cannot be used ({error.strerror}); accepted: a folder") from error
     with locked(folder):
         job = open_run(folder, {"size": size, **SIZES[size], "defaults": EMBEDDED_DEFAULTS})
-        names = ", ".join(map(str, seeds))
-        with job.stage(f"main jobs of {names}", "all three stages, and the images that the cells learn from") as todo:
+        numbers = ", ".join(map(str, seeds))
+        with job.stage(f"main jobs of {numbers}", "all three stages, and the images that the cells learn from") as todo:
             for seed in seeds if todo else ():
                 settings = EMBEDDED_DEFAULTS | {"model": None, "clip": None} | SIZES[size]["run"] | {"seed": seed}
                 settings["tau"] = WEIGHTINGS[settings["weighting"]].tau
                 settings.pop("out")
                 run(settings, shapes(settings), folder / f"seed-{seed}", torch.device("cpu"))
-        with job.stage(f"cells of {names}", f"{len(CELLS)} for each seed, in {args.jobs} processes"):
+        with job.stage(f"cells of {numbers}", f"{len(CELLS)} for each seed, in {args.jobs} processes"):
             if missing(folder, seeds):
                 fill_all(folder, seeds, size, args.jobs)
         page(folder, docs / "results.md", seeds, size)
