@@ -1,4 +1,4 @@
-"""The reward-weighted loss against a float64 formula, under autocast and torch.compile, and its errors."""
+"""The reward-weighted loss against a float64 formula, its derivatives, autocast and torch.compile, and its errors."""
 
 import pytest
 import torch
@@ -93,6 +93,92 @@ def test_compiles_whole_with_inductor_under_bfloat16_autocast():
 
     x = torch.randn(target.shape, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(torch.compile(step, fullgraph=True)(x), step(x), rtol=1e-3, atol=1e-5)
+
+
+def plain(prediction, target, reward, pretrain, beta=0.5):
+    """The same as one differentiable expression in float64."""
+    error = (prediction.double() - target.double()).square().flatten(1).mean(1)
+    own = (reward * error * ~pretrain).sum() / (~pretrain).sum().clamp(min=1)
+    return own + beta * (error * pretrain).sum() / pretrain.sum().clamp(min=1)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_gradient_penalty_equals_the_float64_expression(rows, autocast):
+    """L + |dL/dp|^2 of p = w x, differentiated by w, where targets and rewards that ask for gradients get none."""
+    x, target, reward = batch()
+    found = {}
+    for loss in (reward_weighted_loss, plain):
+        w = torch.tensor(1.5, requires_grad=True)
+        data = (target.clone().requires_grad_(), reward.clone().requires_grad_()) if loss is not plain else ()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            prediction = w * x.detach()
+            value = loss(prediction, *(data or (target, reward)), ROWS[rows], 0.5)
+            (gradient,) = torch.autograd.grad(value, prediction, create_graph=True)
+            (value + gradient.double().square().sum()).backward()
+        assert all(tensor.grad is None for tensor in data)
+        found[loss] = w.grad
+    torch.testing.assert_close(found[reward_weighted_loss], found[plain], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_gradients_of_both_orders_by_finite_differences(rows):
+    """The loss is quadratic, so that wide central differences are exact up to the rounding of float32."""
+    prediction, target, reward = batch(torch.float64)
+
+    def loss(p):
+        return reward_weighted_loss(p, target, reward, ROWS[rows], 0.5).double()
+
+    how = {"eps": 0.5, "atol": 1e-5, "rtol": 1e-4}
+    assert torch.autograd.gradcheck(loss, (prediction,), **how)
+    assert torch.autograd.gradgradcheck(loss, (prediction,), grad_outputs=torch.ones((), dtype=torch.float64), **how)
+
+
+@pytest.mark.parametrize("at_target", [False, True])
+def test_hessian_vector_product_is_2_w_v(at_target):
+    prediction, target, reward = batch()
+    prediction = target.clone() if at_target else prediction.detach()  # the norm alone has no second derivative at 0
+    v = torch.randn(target.shape, generator=torch.Generator().manual_seed(2))
+    weight = torch.where(MIXED, 0.5 / 3, reward.double() / 3) / target[0].numel()
+    expected = (2 * weight[:, None, None, None] * v).float()
+    products = (
+        torch.autograd.functional.hvp(lambda p: reward_weighted_loss(p, target, reward, MIXED, 0.5), prediction, v)[1],
+        torch.func.vjp(torch.func.grad(lambda p: reward_weighted_loss(p, target, reward, MIXED, 0.5)), prediction)[1](
+            v
+        )[0],
+    )
+    for product in products:
+        torch.testing.assert_close(product, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_torch_func_equals_the_float64_expression():
+    prediction, target, reward = batch()
+    prediction, func = prediction.detach(), torch.func
+
+    def alone(loss):  # of one row
+        return lambda p, t, r, row: loss(p[None], t[None], r[None], row[None], 0.5)
+
+    for transform in (
+        lambda loss: func.grad(loss)(prediction, target, reward, MIXED, 0.5),
+        lambda loss: func.vjp(lambda p: loss(p, target, reward, MIXED, 0.5), prediction)[1](torch.tensor(2.0))[0],
+        lambda loss: func.vmap(func.grad(alone(loss)))(prediction, target, reward, MIXED),  # per-sample gradients
+        # one prediction under several rewards, or targets
+        lambda loss: func.vmap(lambda r: func.grad(loss)(prediction, target, r, MIXED, 0.5))(
+            torch.stack([reward, 1 - reward])
+        ),
+        lambda loss: func.vmap(lambda t: loss(prediction, t, reward, MIXED, 0.5))(torch.stack([target, -target])),
+    ):
+        mine, expected = transform(reward_weighted_loss), transform(lambda *a: plain(*a).float())
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 0)])
+def test_what_is_empty_has_the_loss_0(shape):
+    prediction = torch.zeros(shape, requires_grad=True)
+    for pretrain in (None, torch.ones(shape[0], dtype=torch.bool)):
+        value = reward_weighted_loss(prediction, torch.zeros(shape), torch.ones(shape[0]), pretrain)
+        (gradient,) = torch.autograd.grad(value, prediction)
+        assert value == 0 and gradient.shape == shape
 
 
 @pytest.mark.parametrize(
