@@ -58,11 +58,15 @@ class NoiseSchedule:
     """abar_t for t = 0..T-1 and all that follows from it. Timesteps t are (B,) integer tensors.
 
     Built from the config of any diffusers scheduler that has betas: they, the prediction type and the spacing are read
-    whatever class the config names, and sampling is DDIM. `config` holds the values read, as a DDIMScheduler's.
+    whatever class the config names, and sampling is DDIM. `config` holds the values read, as a DDIMScheduler's, and
+    `source` the config as it was given, to be written again.
     """
 
-    def __init__(self, alphas_cumprod: Tensor, config: dict[str, Any] | None = None):
+    def __init__(
+        self, alphas_cumprod: Tensor, config: dict[str, Any] | None = None, source: dict[str, Any] | None = None
+    ):
         c = self.config = DEFAULTS | (config or {})
+        self.source = source if source and source.get("_class_name") else {"_class_name": "DDIMScheduler"} | c
         self.alphas_cumprod = alphas_cumprod  # (T,) float32
         self.prediction_type = _one_of(c, "prediction_type", PREDICTION_TYPES)
         self.spacing = _one_of(c, "timestep_spacing", SPACINGS)
@@ -73,16 +77,16 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> NoiseSchedule:
-        """Read a scheduler_config.json; ValueError names the key of a value that is not built."""
+        """Read a scheduler_config.json; ValueError names the key of an unsupported value."""
         name = config.get("_class_name")
         if name and name not in CLASS_DEFAULTS and not {"beta_start", "beta_schedule", "trained_betas"} & config.keys():
             raise ValueError(
-                f"scheduler config: _class_name={name!r} without betas is not built; supported: any scheduler with "
+                f"scheduler config: _class_name={name!r} without betas is not supported; accepted: any scheduler with "
                 f"beta_schedule or trained_betas, and {', '.join(CLASS_DEFAULTS)}"
             )
         for key, value in (("thresholding", True), ("variance_type", "learned"), ("variance_type", "learned_range")):
             if config.get(key) == value:
-                raise ValueError(f"scheduler config: {key}={value!r} is not built; supported: null")
+                raise ValueError(f"scheduler config: {key}={value!r} is not supported; accepted: null")
         c = DEFAULTS | CLASS_DEFAULTS.get(name or "", {})
         c |= {key: value for key, value in config.items() if key in DEFAULTS and value is not None}
         steps, start, end = c["num_train_timesteps"], c["beta_start"], c["beta_end"]
@@ -103,11 +107,11 @@ class NoiseSchedule:
             betas = rescale_zero_terminal_snr(betas)
         if not ((betas >= 0) & (betas <= 1)).all():  # not a number fails too
             raise ValueError("scheduler config: betas out of range; accepted: 0 to 1")
-        return cls(torch.cumprod(1 - betas, dim=0), c)
+        return cls(torch.cumprod(1 - betas, dim=0), c, config)
 
     def to(self, device: torch.device) -> NoiseSchedule:
-        """The schedule with its table on `device`, where training would otherwise copy it at every step."""
-        return NoiseSchedule(self.alphas_cumprod.to(device), self.config)
+        """The schedule with its table on `device`, where training and sampling would else copy it at every step."""
+        return NoiseSchedule(self.alphas_cumprod.to(device), self.config, self.source)
 
     def _signal_and_noise(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(abar_t) and sqrt(1 - abar_t), shaped to multiply `like` (B,...)."""
@@ -137,18 +141,32 @@ class NoiseSchedule:
     def timesteps(self, steps: int) -> Tensor:
         """The (steps,) timesteps that sampling visits, from most to least noise.
 
-        Spacings as in Lin et al. 2024, table 2; "leading" does not begin at the last training timestep.
+        Spacings as in Lin et al. 2024, table 2; "leading" does not begin at the last training timestep. ValueError for
+        more steps than the schedule has, and for a first one that would divide by abar_t = 0.
         """
         total = len(self.alphas_cumprod)
-        most = total - self.steps_offset if self.spacing == "leading" else total
-        if not 1 <= steps <= most:
-            raise ValueError(f"steps={steps} is out of range; accepted: 1 to {most}")
+        if not (1 <= steps <= total and self._first(steps) < total):
+            most = next((count for count in range(1, total) if self._first(count + 1) >= total), total)
+            raise ValueError(f"steps={steps} is out of range; accepted with this schedule: 1 to {most}")
+        if self.prediction_type == "epsilon" and self.alphas_cumprod[self._first(steps)] == 0:
+            raise ValueError(
+                f"steps={steps} begins at timestep {self._first(steps)}, which is pure noise, and there the noise that "
+                "prediction_type=epsilon predicts says nothing of the image; accepted with such betas "
+                "(rescale_betas_zero_snr): prediction_type=v_prediction"
+            )
         if self.spacing == "leading":
             return torch.arange(steps).flip(0) * (total // steps) + self.steps_offset
         if self.spacing == "trailing":
             # numpy's sums, because torch's differ in the last bit, which halves round by; [:steps] drops a stray 0
             return torch.from_numpy(np.arange(total, 0, -total / steps).round()[:steps]).long() - 1
         return torch.from_numpy(np.linspace(0, total - 1, steps).round()).long().flip(0)
+
+    def _first(self, steps: int) -> int:
+        """The timestep that sampling in `steps` steps begins at."""
+        total = len(self.alphas_cumprod)
+        if self.spacing == "leading":
+            return (steps - 1) * (total // steps) + self.steps_offset
+        return 0 if self.spacing == "linspace" and steps == 1 else total - 1
 
     def previous(self, timesteps: Tensor) -> Tensor:
         """For each visited timestep the one that its DDIM step leads to, one stride less; -1 means x_0."""
@@ -193,7 +211,7 @@ def _one_of(config: dict[str, Any], key: str, known: tuple[str, ...]) -> str:
     """config[key], or ValueError naming what is supported."""
     value: str = config[key]
     if value not in known:
-        raise ValueError(f"scheduler config: {key}={value!r} is not built; supported: {', '.join(known)}")
+        raise ValueError(f"scheduler config: {key}={value!r} is not supported; accepted: {', '.join(known)}")
     return value
 
 
@@ -211,11 +229,12 @@ Context = tuple[Tensor, ...]  # what a network reads of the prompts: (B,L,D), an
 
 
 def guided(predict: Predict, x: Tensor, t: Tensor, context: Context, unconditional: Context, guidance: float) -> Tensor:
-    """Classifier-free guidance in one call: u + guidance * (c - u); guidance 1 needs no unconditional half.
+    """Classifier-free guidance in one call: u + guidance * (c - u), where guidance is above 1.
 
+    Up to 1 it is c alone, as in diffusers, so that 0 turns guidance off: distilled models are told to be run with it.
     x (B,C,h,w), t (B,); context and unconditional are alike.
     """
-    if guidance == 1:
+    if guidance <= 1:
         return predict(x, t, *context)
     pairs = [torch.cat(pair) for pair in zip(unconditional, context)]
     both = predict(torch.cat([x, x]), torch.cat([t, t]), *pairs)
@@ -235,10 +254,19 @@ def ddim_sample(
     eta: float = 0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Latents x_0 (B,C,h,w) from Gaussian noise x of that shape by guided DDIM."""
+    """Latents x_0 (B,C,h,w) from Gaussian noise x of that shape by guided DDIM.
+
+    With eta 0 no step copies anything between devices or waits for one; with eta > 0 each draws its noise where the
+    generator is, on the CPU where none is given.
+    """
     timesteps = schedule.timesteps(steps)
-    for t, t_prev in zip(timesteps, schedule.previous(timesteps)):
-        prediction = guided(predict, x, t.to(x.device).expand(len(x)), context, unconditional, guidance)
-        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) if eta > 0 else None
+    pairs = torch.stack([timesteps, schedule.previous(timesteps)], dim=1).to(x.device)
+    schedule = schedule.to(x.device)
+    for t, t_prev in pairs.unbind():
+        prediction = guided(predict, x, t.expand(len(x)), context, unconditional, guidance)
+        noise = None
+        if eta > 0:
+            place = generator.device if generator else "cpu"
+            noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=place).to(x.device)
         x = schedule.ddim_step(prediction, x, t, t_prev, eta, noise)
     return x

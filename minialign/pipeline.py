@@ -7,7 +7,9 @@ method collects feedback on (section 1) and fine-tunes (section 3).
 from __future__ import annotations
 
 import json
+import re
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,23 +20,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .diffusion import Context, NoiseSchedule, ddim_sample
+from .files import MALFORMED, InputError, first_line, read_bytes, read_json, read_weights
 from .models import original
 from .models.clip import ProjectedTextEncoder, TextEncoder
 from .models.lora import adapters
-from .models.pretrained import (
-    MALFORMED,
-    WEIGHTS,
-    InputError,
-    build_network,
-    first_line,
-    load_network,
-    read_bytes,
-    read_json,
-    read_weights,
-    resolve,
-    save_network,
-    weights_patterns,
-)
+from .models.pretrained import WEIGHTS, build_network, load_network, resolve, save_network, variants, weights_patterns
 from .models.tokenizer import Tokenizer
 from .models.unet import UNet
 from .models.vae import VAE
@@ -55,14 +45,18 @@ NETWORKS: dict[str, tuple[Any, str]] = {  # each with the name of its weights' f
     "text_encoder": (TextEncoder, WEIGHTS[1]),
     "text_encoder_2": (ProjectedTextEncoder, WEIGHTS[1]),
 }
+WORLD = "_minialign_world"  # the key of model_index.json, which diffusers passes over, that says `Pipeline.world`
 TOKENIZER = "openai/clip-vit-large-patch14"  # of a file in the original layout, which carries none
+HUB = ("token", "cache_dir", "local_files_only")  # keywords of `resolve`
+OTHER_NAMES = {"torch_dtype": "dtype", "use_safetensors": "none is needed: nothing else is read"}  # diffusers' and ours
 
 
 class Pipeline:
     """`unet`, `vae`, `text_encoder`, `tokenizer` and `schedule` of one checkpoint, on one device.
 
     Stable Diffusion XL has `text_encoder_2` and `tokenizer_2` besides, and may take zeros in place of an empty negative
-    prompt (`zero_unconditional`). `card` is the text of the checkpoint's README.md.
+    prompt (`zero_unconditional`). `card` is the text of the checkpoint's README.md. `world` is "shapes" for the
+    embedded checkpoint and all that is fine-tuned from it, else "".
     """
 
     def __init__(
@@ -77,11 +71,21 @@ class Pipeline:
         *,
         zero_unconditional: bool = False,
         card: str = "",
+        world: str = "",
     ):
         self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
         self.tokenizer, self.schedule = tokenizer, schedule
         self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
-        self.zero_unconditional, self.card = zero_unconditional, card
+        self.zero_unconditional, self.card, self.world = zero_unconditional, card, world
+
+    def __repr__(self) -> str:
+        family = "Stable Diffusion XL" if self.text_encoder_2 is not None else "Stable Diffusion"
+        millions = sum(weight.numel() for weight in self.unet.parameters()) / 1e6
+        height, width = self.image_size
+        return (
+            f"Pipeline({family}, UNet of {millions:.1f} million parameters, {self.schedule.prediction_type}, "
+            f"images of {height} x {width}, {self.dtype} on {self.device})"
+        )
 
     @classmethod
     def from_pretrained(
@@ -93,23 +97,40 @@ class Pipeline:
         variant: str | None = None,
         revision: str | None = None,
         prediction_type: str | None = None,
+        vae: str | Path | None = None,
         **hub: Any,
     ) -> Pipeline:
         """Load a folder in the diffusers layout, a hub id, or a .safetensors file in the original layout.
 
-        None is the embedded shapes checkpoint. `variant` "fp16" reads model.fp16.safetensors. `prediction_type` is for
-        a file in the original layout alone (`original.parts`), whose tokenizer is a folder tokenizer/ beside it or
-        CLIP's from the hub. `hub`: token, cache_dir, local_files_only, see `resolve`. InputError names the
-        file and what is wrong with it.
+        None is the embedded shapes checkpoint. `variant` "fp16" reads model.fp16.safetensors of the networks that have
+        it. `prediction_type` is for a file in the original layout alone (`original.parts`), whose tokenizer is a folder
+        tokenizer/ beside it or CLIP's from the hub. `vae` is a folder, a hub id or a .safetensors file of an
+        autoencoder that takes the place of the source's. `hub`: token, cache_dir, local_files_only, see `resolve`.
+        InputError names the file and what is wrong with it; TypeError a keyword that is none.
         """
+        for key in hub.keys() - set(HUB):
+            accepted = ", ".join(("device, dtype, variant, revision, prediction_type, vae", *HUB))
+            accepted = OTHER_NAMES.get(key, accepted)
+            raise TypeError(f"Pipeline.from_pretrained: {key}= is no keyword of it; accepted: {accepted}")
         patterns = ["model_index.json", "README.md", "scheduler/scheduler_config.json"]
         for part, (_, name) in NETWORKS.items():
             patterns += weights_patterns(f"{part}/", name, variant)
         for part in ("tokenizer", "tokenizer_2"):
             patterns += [f"{part}/{file}" for file in Tokenizer.FILES]
         place = resolve(source, patterns, revision=revision, **hub)
+        there = [part for part in NETWORKS if (place / part / "config.json").exists()]
+        lacking = [part for part in there if variant not in variants(place / part, NETWORKS[part][1])]
+        if variant and lacking and lacking == there:
+            raise InputError(f"{place}: no network has weights of the variant {variant!r}")
+        if lacking:  # of a hub repository fetch what is read in its place, see `weights_files`
+            names = [(f"{part}/", NETWORKS[part][1]) for part in lacking]
+            found = [weights_patterns(*name) if variant else [f"{''.join(name)}*.safetensors*"] for name in names]
+            place = resolve(source, sum(found, []), revision=revision, **hub)
         how: dict[str, Any] = {"device": device, "dtype": dtype}
-        pipe = _from_file(place, prediction_type, how, hub) if place.is_file() else _from_folder(place, variant, how)
+        if place.is_file():
+            pipe = _from_file(place, prediction_type, vae, how, hub)
+        else:
+            pipe = _from_folder(place, variant, vae, how, hub)
         if dtype == torch.float16 and pipe.vae.config.get("force_upcast", True) and pipe.text_encoder_2 is not None:
             pipe.vae.float()  # XL's overflows in half precision, unless its config says otherwise
         try:
@@ -133,19 +154,18 @@ class Pipeline:
             if getattr(self, part) is not None:
                 getattr(self, part).save_pretrained(folder / part)
         (folder / "scheduler").mkdir(exist_ok=True)
-        scheduler = {key: value for key, value in self.schedule.config.items() if not key.startswith("_")}
+        scheduler = self.schedule.source
         index: dict[str, Any] = {"_class_name": f"StableDiffusion{'XL' * xl}Pipeline"}
-        index |= {"scheduler": ["diffusers", "DDIMScheduler"], "image_encoder": [None, None]}
+        index |= {"scheduler": ["diffusers", scheduler["_class_name"]], "image_encoder": [None, None]}
         index |= {part: list(kind) for part, kind in (PARTS | XL_PARTS if xl else PARTS).items()}
         index |= {"feature_extractor": [None, None]}
         if xl:
             index["force_zeros_for_empty_prompt"] = self.zero_unconditional
         else:
             index |= {"safety_checker": [None, None], "requires_safety_checker": False}
-        texts = {
-            "scheduler/scheduler_config.json": {"_class_name": "DDIMScheduler"} | scheduler,
-            "model_index.json": index,
-        }
+        if self.world:
+            index[WORLD] = self.world
+        texts = {"scheduler/scheduler_config.json": scheduler, "model_index.json": index}
         for file, value in texts.items():
             (folder / file).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         if self.card:
@@ -219,16 +239,25 @@ class Pipeline:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Images of scaled latents (B,C,h,w), in the precision of the VAE's weights: in float16 XL's overflows."""
+        """Images of scaled latents (B,C,h,w), in the precision of the VAE's weights: in float16 XL's overflows.
+
+        InputError for latents or images with numbers that are not finite, which would be black.
+        """
+        _check_finite(latents, "the latents")
         latents = latents.to(self.vae.decoder.conv_in.weight.dtype) / self.vae.scaling_factor
         with torch.autocast(self.device.type, enabled=False):
-            return to_images(self.vae.decode(latents))
+            pixels = self.vae.decode(latents)
+        _check_finite(pixels, "what the autoencoder makes of the latents")
+        return to_images(pixels)
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
-        """Starting latents (B,C,h,w), one a seed, so that an image does not depend on the batch it is drawn in."""
+        """Starting latents (B,C,h,w), one a seed, so that an image does not depend on the batch it is drawn in.
+
+        Seeds are of 64 bits.
+        """
         height, width = (pixels // self.vae.factor for pixels in self.image_size)
         shape = (self.unet.in_channels, height, width)
-        rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        rows = [torch.randn(shape, generator=torch.Generator().manual_seed(_seed_of_32_bits(seed))) for seed in seeds]
         return torch.stack(rows).to(self.device, self.dtype)
 
     @torch.no_grad()
@@ -242,8 +271,21 @@ class Pipeline:
         latents: Tensor | None = None,
         negative_prompt: str = "",
     ) -> list[Image.Image]:
-        """One image a prompt by guided DDIM. Image i starts from noise of seed + i, or from latents (B,C,h,w)."""
+        """One image a prompt by guided DDIM. Image i starts from noise of seed + i, or from latents (B,C,h,w).
+
+        `negative_prompt` is one text for all images, and guidance up to 1 is none. Warns of prompts that are cut, see
+        `cut_prompts`. InputError for more steps than the schedule has, and for numbers that are not finite.
+        """
+        if not isinstance(negative_prompt, str):
+            kind = type(negative_prompt).__name__
+            raise TypeError(f"negative_prompt is of type {kind}; accepted: one str for all prompts, '' for none")
+        try:
+            self.schedule.timesteps(steps)
+        except ValueError as error:
+            raise InputError(str(error)) from error
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if said := cut_warning(self.tokenizer, [*prompts, negative_prompt]):
+            warnings.warn(said, stacklevel=3)  # the caller's line, below no_grad's
         if latents is None:
             latents = self.noise(range(seed, seed + len(prompts)))
         elif len(latents) != len(prompts):
@@ -259,29 +301,102 @@ class Pipeline:
         )
 
 
-def _from_folder(folder: Path, variant: str | None, how: dict[str, Any]) -> Pipeline:
+def cut_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> dict[str, str]:
+    """The prompts that are longer than the tokenizer's window (75 tokens of CLIP's), each with what the model loses.
+
+    What is lost is in the tokenizer's spelling: lower case, with a space between words and marks.
+    """
+    window = tokenizer.length - 2  # beside start and end
+    cut = {prompt: lost for prompt in prompts if (lost := tokenizer.encode(prompt)[window:])}
+    return {prompt: tokenizer.decode(lost) for prompt, lost in cut.items()}
+
+
+def cut_warning(tokenizer: Tokenizer, prompts: Sequence[str]) -> str:
+    """One line that counts the prompts that are cut and shows what is lost of the first; empty where none is."""
+    cut = cut_prompts(tokenizer, prompts)
+    if not cut:
+        return ""
+    prompt, lost = next(iter(cut.items()))
+    count, window = "1 prompt is" if len(cut) == 1 else f"{len(cut)} prompts are", tokenizer.length - 2
+    return f"{count} cut to {window} tokens: of {prompt[:40] + '...'!r} the model does not see {lost[:80]!r}"
+
+
+def _seed_of_32_bits(seed: int) -> int:
+    """The seed of torch's generator on the CPU, which reads 32 bits: seeds beyond do not repeat those below.
+
+    A multiplicative hash (Knuth 1998, section 6.4) of the upper bits is never 0, and seeds that share them stay apart.
+    """
+    return seed if seed < 1 << 32 else (seed ^ (seed >> 32) * 0x9E3779B1) % (1 << 32)
+
+
+def _check_finite(numbers: Tensor, what: str) -> None:
+    """InputError where some of `numbers` (B,...) are not finite: they would become black images."""
+    bad = int((~numbers.isfinite()).flatten(1).any(1).sum())
+    if bad:
+        if numbers.dtype == torch.float16:
+            helps = "float16 overflows above 65504; what helps: dtype float32 or bfloat16"
+        else:
+            helps = f"in {str(numbers.dtype).removeprefix('torch.')}; are the checkpoint's weights finite?"
+        raise InputError(f"{what} of {bad} of {len(numbers)} images have numbers that are not finite: {helps}")
+
+
+def _from_folder(
+    folder: Path, variant: str | None, vae: str | Path | None, how: dict[str, Any], hub: dict[str, Any]
+) -> Pipeline:
     index_path = folder / "model_index.json"
+    if not index_path.exists():
+        _refuse_a_part(folder)
     index = read_json(index_path)
-    xl = index.get("_class_name") == "StableDiffusionXLPipeline"
-    for part, (_, kind) in (PARTS | XL_PARTS if xl else PARTS).items():
-        named = index.get(part)
+    xl = "text_encoder_2" in index  # whichever of XL's pipelines saved it
+    needed = [part for part in (PARTS | XL_PARTS if xl else PARTS) if part != "vae" or vae is None]
+    for part in needed:
+        named, kind = index.get(part), (PARTS | XL_PARTS)[part][1]
         named = named[-1] if isinstance(named, list) and named else named
         if named not in (kind, kind + "Fast"):
-            raise InputError(f"{index_path}: {part} is {named!r}; supported: {kind!r}")
+            raise InputError(f"{index_path}: {part} is {named!r}; accepted: {kind!r}")
     config_path = folder / "scheduler" / "scheduler_config.json"
-    parts: dict[str, Any] = {"schedule": _schedule(read_json(config_path), config_path)}
+    parts: dict[str, Any] = {"schedule": _schedule(read_json(config_path), config_path, xl)}
     for part, (build, name) in NETWORKS.items():
-        if part in PARTS or xl:
+        if part in needed:
             parts[part] = load_network(build, folder / part, name, variant=variant, **how)
+    if vae is not None:
+        parts["vae"] = _load_vae(vae, xl, how, hub)
     for part in ("tokenizer", "tokenizer_2") if xl else ("tokenizer",):
         parts[part] = Tokenizer.from_pretrained(folder / part)
+    _correct_sample_size(parts["unet"], xl)
     card = folder / "README.md"
     if card.is_file():
         parts["card"] = read_bytes(card).decode("utf-8", errors="replace")
-    return Pipeline(**parts, zero_unconditional=xl and bool(index.get("force_zeros_for_empty_prompt", True)))
+    zero_unconditional = xl and bool(index.get("force_zeros_for_empty_prompt", True))
+    return Pipeline(**parts, zero_unconditional=zero_unconditional, world=str(index.get(WORLD) or ""))
 
 
-def _from_file(path: Path, prediction_type: str | None, how: dict[str, Any], hub: dict[str, Any]) -> Pipeline:
+def _correct_sample_size(unet: UNet, xl: bool) -> None:
+    """64 for a smaller `sample_size` that diffusers wrote before 0.9, as its pipelines but XL's correct it."""
+    version = re.match(r"(\d+)\.(\d+)", str(unet.config.get("_diffusers_version")))
+    size = unet.config.get("sample_size")
+    if not xl and version and (int(version[1]), int(version[2])) < (0, 9) and isinstance(size, int) and size < 64:
+        unet.config = unet.config | {"sample_size": 64}
+
+
+def _refuse_a_part(folder: Path) -> None:
+    """InputError for one network of a pipeline without the rest."""
+    kinds = {kind: part for part, (_, kind) in (PARTS | XL_PARTS).items()}
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    part = kinds.get(str(config.get("_class_name")), folder.name)
+    if part in NETWORKS and config:
+        if (folder.parent / "model_index.json").exists():
+            raise InputError(f"{folder}: is the {part} of a pipeline alone; give the folder above, {folder.parent}")
+        raise InputError(f"{folder}: is a {part} alone; put it as {part}/ into a copy of its pipeline and give that")
+    found = [part for part in NETWORKS if (folder / part).is_dir()]
+    if found and len(found) < 3:
+        has = " and ".join(found)
+        raise InputError(f"{folder}: has no model_index.json but {has} alone; copy it into its pipeline and give that")
+
+
+def _from_file(
+    path: Path, prediction_type: str | None, vae: str | Path | None, how: dict[str, Any], hub: dict[str, Any]
+) -> Pipeline:
     weights = read_weights(path)
     if not original.is_original(weights):
         raise InputError(f"{path}: not in the original layout of Stable Diffusion (no {original.UNET}input_blocks)")
@@ -289,7 +404,14 @@ def _from_file(path: Path, prediction_type: str | None, how: dict[str, Any], hub
         found = original.parts(weights, prediction_type)
     except MALFORMED as error:
         raise InputError(f"{path}: not a Stable Diffusion 1.x, 2.x or XL base checkpoint ({error})") from error
-    parts: dict[str, Any] = {"schedule": _schedule(found.pop("scheduler")[0], path)}
+    xl = "text_encoder_2" in found
+    parts: dict[str, Any] = {"schedule": _schedule(found.pop("scheduler")[0], path, xl)}
+    if vae is not None:
+        found.pop("vae", None)
+        parts["vae"] = _load_vae(vae, xl, how, hub)
+    elif "vae" not in found:
+        accepted = "a folder in the diffusers layout, a hub id or a .safetensors file"
+        raise InputError(f"{path}: has no autoencoder (VAE; no {original.VAE}); give one as vae, accepted: {accepted}")
     for part, (config, tensors) in found.items():
         parts[part] = build_network(NETWORKS[part][0], config, tensors, path, path, **how)
     beside = path.parent / "tokenizer"
@@ -298,7 +420,6 @@ def _from_file(path: Path, prediction_type: str | None, how: dict[str, Any], hub
     except InputError as error:
         raise InputError(f"{path}: has no tokenizer; put a folder tokenizer beside it ({error})") from error
     parts["tokenizer"] = Tokenizer.from_pretrained(folder)
-    xl = "text_encoder_2" in found
     padded_by_0 = {"pad_token": "!"}  # as 2.x and XL's second tower were trained
     if xl:
         parts["tokenizer_2"] = Tokenizer.from_pretrained(folder, padded_by_0)
@@ -307,9 +428,36 @@ def _from_file(path: Path, prediction_type: str | None, how: dict[str, Any], hub
     return Pipeline(**parts, zero_unconditional=xl)
 
 
-def _schedule(config: dict[str, Any], path: Path) -> NoiseSchedule:
+def _load_vae(source: str | Path, xl: bool, how: dict[str, Any], hub: dict[str, Any]) -> VAE:
+    """An autoencoder from a folder (its own or a pipeline's), a hub id, or a file in either layout."""
+    build, name = NETWORKS["vae"]
+    place = resolve(source, weights_patterns("", name) + weights_patterns("vae/", name), **hub)
+    if place.is_dir():
+        vae: VAE = load_network(build, place / "vae" if (place / "vae").is_dir() else place, name, **how)
+        return vae
+    weights, config_path = read_weights(place), place.parent / "config.json"
+    if "encoder.conv_norm_out.weight" in weights:  # diffusers' names
+        config = read_json(config_path)
+    else:
+        try:
+            config, weights = original.vae_part(weights, xl)
+        except MALFORMED as error:
+            raise InputError(f"{place}: not the autoencoder of Stable Diffusion ({first_line(error)})") from error
+        config_path = place
+    vae = build_network(build, config, weights, config_path, place, **how)
+    return vae
+
+
+def _schedule(config: dict[str, Any], path: Path, xl: bool) -> NoiseSchedule:
+    """The schedule of a scheduler's config, corrected as diffusers' pipelines do when they load one.
+
+    Latents are not clipped, since nothing bounds them by 1 (diffusers leaves XL's to the config). `steps_offset` is 1
+    but in XL, which was not released with old configs.
+    """
+    right = {"clip_sample": False} if xl else {"clip_sample": False, "steps_offset": 1}
     try:
-        return NoiseSchedule.from_config(config)
+        read = NoiseSchedule.from_config(config).config
+        return NoiseSchedule.from_config(config | {key: value for key, value in right.items() if read[key] != value})
     except MALFORMED as error:
         raise InputError(f"{path}: {first_line(error)}") from error
 
@@ -330,6 +478,8 @@ def _check_fit(pipe: Pipeline, place: Path) -> None:
             rows.append((f"tokenizer{suffix}: number of tokens", most, 1, tokens.num_embeddings))
             rows.append((f"tokenizer{suffix}: model_max_length", tokenizer.length, 2, positions.num_embeddings))
     rows += [
+        ("vae: in_channels", pipe.vae.encoder.conv_in.in_channels, 3, 3),  # LDM3D's also has depth
+        ("vae: out_channels", pipe.vae.decoder.conv_out.out_channels, 3, 3),
         ("unet: in_channels", pipe.unet.in_channels, channels, channels),  # inpainting's also reads a mask
         ("unet: out_channels", pipe.unet.conv_out.out_channels, channels, channels),
         ("unet: cross_attention_dim", pipe.unet.context_width, width, width),
@@ -343,6 +493,11 @@ def _check_fit(pipe: Pipeline, place: Path) -> None:
         if not least <= has <= most:
             accepted = least if least == most else f"{least} to {most}"
             raise InputError(f"{place}: {what} is {has}; accepted with the other parts: {accepted}")
+
+
+# version of what `fit`, `to_pixels` and `Pipeline.encode_images` make of an image; a new one where they change, for the
+# keys of cached latents hold it
+PREPROCESSING = "1: the shorter side by Lanczos, then the centre"
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:

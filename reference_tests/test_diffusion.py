@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from comparisons import (
+    SMALL_UNET,
     assert_close,
     check_ddim_steps,
     check_schedule,
@@ -15,8 +16,11 @@ from comparisons import (
     names,
 )
 from seeded import normal
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minialign.diffusion import PREDICTION_TYPES, SPACINGS, NoiseSchedule, ddim_sample, guided
+from minialign.models.unet import UNet
 
 LATENT = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 X0, NOISE, FRESH = (normal((3, 2, 4, 4), name).double() for name in ("x0", "noise", "fresh"))
@@ -116,9 +120,57 @@ def test_timesteps_descend_inside_the_schedule(spacing):
         assert len(visited) == steps and visited.min() >= 0 and visited.max() <= 999
         assert visited.diff().lt(0).all()
     assert spacing != "trailing" or visited[0] == 999
-    for steps in (0, 1001):
-        with pytest.raises(ValueError, match="1 to 1000"):
+    for steps in (-1, 0, 1001):
+        with pytest.raises(ValueError, match=f"steps={steps} is out of range; .*: 1 to 1000"):
             schedule.timesteps(steps)
+
+
+@pytest.mark.parametrize(("offset", "most"), [(0, 1000), (1, 999), (2, 499), (499, 2), (500, 1)])
+def test_the_offset_leaves_fewer_steps(offset, most):
+    schedule = NoiseSchedule.from_config({"steps_offset": offset})
+    assert schedule.timesteps(most).max() <= 999
+    if most < 1000:
+        with pytest.raises(ValueError, match=f"steps={most + 1} is out of range; .*: 1 to {most}$"):
+            schedule.timesteps(most + 1)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_noise_is_not_predicted_where_there_is_nothing_else(spacing):
+    """At abar_t = 0 x_0 = (x_t - sigma eps) / 0; leading timesteps do not begin there."""
+    config = {"rescale_betas_zero_snr": True, "timestep_spacing": spacing}
+    schedule = NoiseSchedule.from_config(config)
+    if spacing == "leading":
+        assert ddim_sample(predict, schedule, X0, (CONTEXT,), (CONTEXT,), steps=5, guidance=1).isfinite().all()
+    else:
+        with pytest.raises(ValueError, match="steps=5 begins at timestep 999, .*: prediction_type=v_prediction$"):
+            schedule.timesteps(5)
+    assert len(NoiseSchedule.from_config(config | {"prediction_type": "v_prediction"}).timesteps(5)) == 5
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies of tensors from one device to another."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        devices = {leaf.device.type for leaf in tree_leaves((args, out)) if isinstance(leaf, torch.Tensor)}
+        self.count += len(devices) > 1
+        return out
+
+
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+def test_no_step_of_sampling_copies_between_devices(kind):
+    """The meta device stands for a GPU: it has no numbers, so that reading one back would fail too."""
+    network = UNet(SMALL_UNET).to("meta")
+    x, context = torch.empty(2, 4, 8, 8, device="meta"), torch.empty(2, 5, 6, device="meta")
+    schedule = NoiseSchedule.from_config(LATENT | {"prediction_type": kind})
+    counts = []
+    for steps in (1, 2, 9):
+        with torch.no_grad(), Copies() as copies:
+            ddim_sample(network, schedule, x, (context,), (context,), steps=steps, guidance=2.0)
+        counts.append(copies.count)
+    assert counts == [3, 3, 3]  # timesteps, abar_t and abar after the last step, before the first step
 
 
 def test_rows_may_be_at_different_timesteps():
@@ -158,7 +210,7 @@ def test_config_says_what_was_read(config):
     ],
 )
 def test_refuses_what_is_not_built(key, value):
-    with pytest.raises(ValueError, match=f"scheduler config: {key}={value!r}.*supported: "):
+    with pytest.raises(ValueError, match=f"scheduler config: {key}={value!r}.*accepted: "):
         NoiseSchedule.from_config({key: value})
 
 
@@ -181,9 +233,9 @@ def test_guidance_is_one_batched_call():
     assert_close(
         guided(counted, X0, T, (CONTEXT,), (UNCONDITIONAL,), 7.5), without + 7.5 * (with_prompt - without), 1e-12
     )
-    assert_close(guided(counted, X0, T, (CONTEXT,), (UNCONDITIONAL,), 0), without, 1e-12)
-    assert torch.equal(guided(counted, X0, T, (CONTEXT,), (UNCONDITIONAL,), 1), with_prompt)
-    assert calls == [6, 6, 3]  # guidance 1 needs no unconditional half
+    for off in (0, 0.5, 1):
+        assert torch.equal(guided(counted, X0, T, (CONTEXT,), (UNCONDITIONAL,), off), with_prompt)
+    assert calls == [6, 3, 3, 3]  # without guidance no unconditional half is needed
 
 
 def test_sampling_with_eta_follows_its_generator():
