@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import random
+import shutil
 import unicodedata
 
 import pytest
@@ -21,6 +23,7 @@ from comparisons import (
     check_vae,
 )
 
+from minialign.models import unet, vae
 from minialign.models.tokenizer import Tokenizer
 
 pytest.importorskip("diffusers")
@@ -52,6 +55,14 @@ def random_unet(seed: int) -> dict:
         "transformer_layers_per_block": [pick.choice([1, 2]) for _ in range(levels)],
     }
     return config | (later if seed % 2 else {})
+
+
+@pytest.mark.parametrize("network", [unet, vae])
+def test_no_setting_of_diffusers_networks_is_passed_over(network):
+    """What is in neither table is ignored in a config, so that the tables must know all that changes a network."""
+    kind = {unet: reference.diffusers.UNet2DConditionModel, vae: reference.diffusers.AutoencoderKL}[network]
+    settings = set(inspect.signature(kind.__init__).parameters) - {"self", "dropout", "addition_embed_type_num_heads"}
+    assert settings == network.SETTINGS.keys() | network.BUILT.keys()
 
 
 @pytest.mark.parametrize("seed", range(1, 7))
@@ -103,6 +114,18 @@ def test_tokens_of_random_text(name, tmp_path):
     check_tokens(reference.tokens(GOLDENS / name, texts)[0], GOLDENS / name)
     Tokenizer.from_pretrained(GOLDENS / name).save_pretrained(tmp_path)  # what we write the peer reads
     check_tokens(reference.tokens(tmp_path, texts)[0], GOLDENS / name)
+
+
+def test_tokens_that_transformers_added_to_an_older_folder(tmp_path):
+    shutil.copytree(GOLDENS / "tokenizer", tmp_path, dirs_exist_ok=True)  # whose vocab.json stays as it was
+    peer = reference.transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    peer.add_tokens(["<sks>", reference.transformers.AddedToken("<Big>", normalized=False)])
+    peer.save_pretrained(tmp_path)
+    assert {"vocab.json", "tokenizer.json"} <= {path.name for path in tmp_path.iterdir()}
+    texts = ["a <sks> dog", "a <SKS> dog", "<Big> dogs", "a <big> dog", "<sks>,<sks>dog"]
+    check_tokens(reference.tokens(tmp_path, texts)[0], tmp_path)
+    Tokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    check_tokens(reference.tokens(tmp_path, texts)[0], tmp_path)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from minialign import CLIP, Pipeline
 from minialign.diffusion import NoiseSchedule
+from minialign.files import InputError
 from minialign.models.clip import TextEncoder
 from minialign.models.lora import add_lora, load_lora, save_lora
-from minialign.models.pretrained import EMBEDDED, InputError
+from minialign.models.pretrained import EMBEDDED
 from minialign.models.tokenizer import Tokenizer
 from minialign.models.unet import UNet
 from minialign.models.vae import VAE
@@ -152,7 +153,8 @@ def test_thousands_of_broken_checkpoints(whole, tmp_path, rounds):
 
 @pytest.mark.parametrize("rounds", [25, pytest.param(200, marks=pytest.mark.slow)])
 def test_hundreds_of_broken_single_files_and_adapters(tmp_path, rounds):
-    original_file = pytest.importorskip("test_checkpoints").original_file
+    from peers import original_file
+
     _, path = original_file(tmp_path, "sd1")
     unet, lora = UNet(UNET), tmp_path / "lora.safetensors"
     add_lora(unet, 2)

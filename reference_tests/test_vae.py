@@ -35,7 +35,7 @@ def test_log_variance_is_clamped(bias, logvar):
     ],
 )
 def test_refuses_what_is_not_built(key, value):
-    with pytest.raises(ValueError, match=rf"AutoencoderKL config: {key}\b.*supported: "):
+    with pytest.raises(ValueError, match=rf"AutoencoderKL config: {key}\b.*accepted: "):
         VAE(SMALL | {key: value})
 
 

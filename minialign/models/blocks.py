@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 MOST = 1024  # heads or layers
+OFF: tuple = (None, False, [], {})  # values that switch an unsupported setting off
 
 
 class _Unfilled:
@@ -29,7 +30,11 @@ class _Unfilled:
 class Linear(_Unfilled, nn.Linear): ...
 
 
-class Conv2d(_Unfilled, nn.Conv2d): ...
+class Conv2d(_Unfilled, nn.Conv2d):
+    @property
+    def kernel(self) -> Tensor:
+        """The weight, to which an adapter adds."""
+        return self.weight
 
 
 class GroupNorm(_Unfilled, nn.GroupNorm): ...
@@ -42,17 +47,16 @@ class Embedding(_Unfilled, nn.Embedding): ...
 
 
 def read_config(kind: str, config: dict[str, Any], settings: dict[str, Any], built: dict[str, tuple]) -> dict[str, Any]:
-    """The settings of a network out of a checkpoint's config.json, or ValueError for one that is not built.
+    """The settings of a network out of a checkpoint's config.json, or ValueError for an unsupported one.
 
-    `settings` maps each key that the network reads to its default; `built` maps a key to the values that are built,
-    the first being the default. A key in neither table must be off (null or false) and is otherwise refused by name.
+    `settings` maps each key that the network reads to its default; `built` maps each other key that would change the
+    network to the supported values, the first being the default; a list of such values is one a level. Keys in
+    neither table change no network: settings of a trainer or of a moving average, notes.
     """
-    for key, value in config.items():
-        if key in built:
-            if value not in built[key]:
-                raise ValueError(f"{kind} config: {key}={value!r} is not built; supported: {_listed(built[key])}")
-        elif key not in settings and not key.startswith("_") and value not in (None, False):
-            raise ValueError(f"{kind} config: {key}={value!r} is not built; supported: null")
+    for key, values in built.items():
+        value = config.get(key, values[0])
+        if value not in values and not (isinstance(value, list) and all(entry in values for entry in value)):
+            raise ValueError(f"{kind} config: {key}={value!r} is not supported; accepted: {_listed(values)}")
     read = {key: values[0] for key, values in built.items()} | settings
     return read | {key: value for key, value in config.items() if key in read}
 
@@ -82,7 +86,9 @@ def per_level(value: int | list[int], levels: int, key: str) -> list[int]:
     if len(values) != levels:
         raise ValueError(f"config: {key} has {len(values)} entries for {levels} levels")
     if any(not isinstance(entry, str) and (type(entry) is not int or not 1 <= entry <= MOST) for entry in values):
-        raise ValueError(f"config: {key}={value!r} is not built; supported: one value of 1 to {MOST}, or one a level")
+        raise ValueError(
+            f"config: {key}={value!r} is not supported; accepted: one value of 1 to {MOST}, or one a level"
+        )
     return values
 
 
@@ -292,7 +298,7 @@ class Upsample(nn.Module):
         return recomputed(self._doubled, x)  # or the kernel, larger than the weights, would be kept
 
     def _doubled(self, x: Tensor) -> Tensor:
-        weight = self.conv.weight
+        weight = self.conv.kernel
         taps = torch.eye(9, dtype=weight.dtype, device=weight.device).view(9, 1, 3, 3)
         boxes = F.avg_pool2d(taps.flip(2, 3), 2, stride=1, padding=1, divisor_override=1).flatten(1)  # (9,16)
         kernel = (weight.flatten(2) @ boxes).unflatten(2, (4, 4)).transpose(0, 1)

@@ -15,23 +15,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ..files import MALFORMED, InputError, first_line, read_json, read_weights
 from .blocks import Conv2d, Embedding, LayerNorm, Linear, check_heads, count, read_config
-from .pretrained import (
-    EMBEDDED,
-    MALFORMED,
-    WEIGHTS,
-    InputError,
-    first_line,
-    load_network,
-    read_json,
-    resolve,
-    save_network,
-    weights_patterns,
-)
+from .original import open_clip
+from .pretrained import EMBEDDED, WEIGHTS, build_network, load_network, resolve, save_network, weights_patterns
 from .tokenizer import Tokenizer
 
+ACCEPTED = "accepted: a folder that transformers writes, or OpenCLIP, or a hub id such as owner/name"
+OPENCLIP = "open_clip_config.json", "open_clip_model.safetensors"
 # what is fetched from a hub beside config and weights
-FILES = [*Tokenizer.FILES, "preprocessor_config.json", "processor_config.json"]
+FILES = [*Tokenizer.FILES, "preprocessor_config.json", "processor_config.json", OPENCLIP[0]]
 
 TEXT_SETTINGS: dict[str, Any] = {
     "vocab_size": 49408,
@@ -53,6 +46,7 @@ VISION_SETTINGS: dict[str, Any] = {
     "num_channels": 3,
     "layer_norm_eps": 1e-5,
 }
+CLIP_SETTINGS = {"text_config": {}, "vision_config": {}, "projection_dim": 512, "logit_scale_init_value": 2.6592}
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "gelu": F.gelu,
@@ -60,9 +54,7 @@ ACTIVATIONS = {
 
 
 def _read(kind: str, config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """The keys this module uses; a CLIP config also carries transformers' generation settings, which it does not."""
-    known = {key: value for key, value in config.items() if key in settings or key == "hidden_act"}
-    return read_config(kind, known, settings, {"hidden_act": tuple(ACTIVATIONS)})
+    return read_config(kind, config, settings, {"hidden_act": tuple(ACTIVATIONS)})
 
 
 class SelfAttention(nn.Module):
@@ -130,7 +122,7 @@ class TextTransformer(nn.Module):
         super().__init__()
         self.eos_token_id: int = 2 if c["eos_token_id"] is None else c["eos_token_id"]
         if type(self.eos_token_id) is not int:
-            raise ValueError(f"CLIP config: eos_token_id={c['eos_token_id']!r} is not built; supported: one number")
+            raise ValueError(f"CLIP config: eos_token_id={c['eos_token_id']!r} is not supported; accepted: one number")
         self.embeddings = TextEmbeddings(c)
         self.encoder = Transformer(c)
         self.final_layer_norm = LayerNorm(c["hidden_size"], c["layer_norm_eps"])
@@ -188,6 +180,9 @@ class VisionTransformer(nn.Module):
 class TextEncoder(nn.Module):
     """CLIP's text tower as the UNet reads it: ids (B,L) -> last hidden states after the final norm, (B,L,D)."""
 
+    # the rest of CLIP, which some files have beside their text tower
+    unused: tuple[str, ...] = ("vision_model.", "visual_projection.", "logit_scale", "text_projection.")
+
     def __init__(self, config: dict[str, Any]):
         super().__init__()
         self.config = config
@@ -204,6 +199,8 @@ class TextEncoder(nn.Module):
 
 class ProjectedTextEncoder(TextEncoder):
     """SDXL's second text tower, transformers' CLIPTextModelWithProjection."""
+
+    unused = TextEncoder.unused[:-1]
 
     def __init__(self, config: dict[str, Any]):
         super().__init__(config)
@@ -222,15 +219,16 @@ class CLIPTowers(nn.Module):
     def __init__(self, config: dict[str, Any]):
         super().__init__()
         self.config = config
-        text = _read("CLIPModel text", config.get("text_config") or {}, TEXT_SETTINGS)
-        vision = _read("CLIPModel vision", config.get("vision_config") or {}, VISION_SETTINGS)
-        width: int = config.get("projection_dim", 512)
+        c = read_config("CLIPModel", config, CLIP_SETTINGS, {"model_type": ("clip", None)})
+        text = _read("CLIPModel text", c["text_config"] or {}, TEXT_SETTINGS)
+        vision = _read("CLIPModel vision", c["vision_config"] or {}, VISION_SETTINGS)
+        width: int = c["projection_dim"]
         self.image_size: int = vision["image_size"]
         self.text_model = TextTransformer(text)
         self.vision_model = VisionTransformer(vision)
         self.visual_projection = Linear(vision["hidden_size"], width, bias=False)
         self.text_projection = Linear(text["hidden_size"], width, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(config.get("logit_scale_init_value", 2.6592)))
+        self.logit_scale = nn.Parameter(torch.tensor(c["logit_scale_init_value"]))
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Preprocessed pixels (B,3,S,S) -> projected embeddings (B,E), not normalised."""
@@ -262,13 +260,12 @@ def preprocess(images: list[Image.Image], config: dict[str, Any]) -> Tensor:
     """Pixels (B,3,S,S) as CLIP was trained on: bicubic resize of the shorter edge, center crop, normalisation.
 
     `config` is a checkpoint's preprocessor_config.json. Equal to transformers' PIL-based processor, which puts
-    transparent images on white. ValueError names the key of a value that is not built.
+    transparent images on white. ValueError names the key of an unsupported value.
     """
-    known = {key: value for key, value in config.items() if key in PREPROCESSING or key in PREPROCESSING_BUILT}
-    c = read_config("CLIPImageProcessor", known, PREPROCESSING, PREPROCESSING_BUILT)
+    c = read_config("CLIPImageProcessor", config, PREPROCESSING, PREPROCESSING_BUILT)
     edge = c["size"] if isinstance(c["size"], int) else c["size"].get("shortest_edge")
     if edge is None:
-        raise ValueError(f"CLIPImageProcessor config: size={c['size']!r} is not built; supported: shortest_edge")
+        raise ValueError(f"CLIPImageProcessor config: size={c['size']!r} is not supported; accepted: shortest_edge")
     crop = c["crop_size"]
     height, width = (crop, crop) if isinstance(crop, int) else (crop["height"], crop["width"])
     return torch.stack([_preprocess_one(image, edge, height, width, c) for image in images])
@@ -292,6 +289,18 @@ def _preprocess_one(image: Image.Image, edge: int, height: int, width: int, c: d
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
+def _read_preprocessing(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The image preprocessing of a folder and where it stands, in the order of transformers."""
+    path = folder / "processor_config.json"  # what transformers writes since version 5
+    config = read_json(path).get("image_processor") if path.exists() else None
+    if config is None:
+        path = folder / "preprocessor_config.json"
+        config = read_json(path)
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: image_processor is a {type(config).__name__}; accepted: an object")
+    return path, config
+
+
 class CLIP(CLIPTowers):
     """Both towers with their tokenizer and image preprocessing, from a folder that transformers also reads."""
 
@@ -308,30 +317,44 @@ class CLIP(CLIPTowers):
         revision: str | None = None,
         **hub: Any,
     ) -> CLIP:
-        """Load a CLIPModel folder or hub id (the paper: openai/clip-vit-large-patch14); None is the embedded one.
+        """Load a CLIPModel folder or hub id (the paper: openai/clip-vit-large-patch14), or one in OpenCLIP's layout.
 
-        `hub`: token, cache_dir, local_files_only, see `resolve`.
+        None is the embedded one. `hub`: token, cache_dir, local_files_only, see `resolve`.
         """
-        patterns = [*FILES, *weights_patterns("", WEIGHTS[1])]
-        folder = EMBEDDED / "clip" if source is None else resolve(source, patterns, revision=revision, **hub)
-        if folder.is_file():
-            raise InputError(f"{source}: a file; accepted: a folder that transformers writes, or a hub id")
-        clip = load_network(cls, folder, WEIGHTS[1], device=device, dtype=dtype)
-        clip.tokenizer = Tokenizer.from_pretrained(folder)
-        path = folder / "processor_config.json"  # what transformers writes since version 5
+        patterns, hub = [*FILES, *weights_patterns("", WEIGHTS[1])], {"revision": revision} | hub
         try:
-            if path.exists():
-                clip.preprocessing = read_json(path)["image_processor"]
-            else:
-                path = folder / "preprocessor_config.json"
-                clip.preprocessing = read_json(path)
+            folder = EMBEDDED / "clip" if source is None else resolve(source, patterns, accepted=ACCEPTED, **hub)
+        except InputError as error:
+            raise InputError(f"CLIP {error}") from error  # its name may be a default that nobody typed
+        if folder.is_file():
+            raise InputError(f"{source}: a file; {ACCEPTED}")
+        if (folder / OPENCLIP[0]).exists() and not (folder / "config.json").exists():
+            folder = resolve(source, [OPENCLIP[1]], **hub)  # not fetched before it is known
+            clip, path = cls._from_openclip(folder, device=device, dtype=dtype), folder / OPENCLIP[0]
+        else:
+            clip = load_network(cls, folder, WEIGHTS[1], device=device, dtype=dtype)
+            path, clip.preprocessing = _read_preprocessing(folder)
+        clip.tokenizer = Tokenizer.from_pretrained(folder)
+        try:
             size = clip.preprocess([Image.new("RGB", (8, 8))]).shape[2:]
             if size != (clip.image_size, clip.image_size):
                 raise ValueError(f"crop_size is {tuple(size)}; accepted with config.json: {clip.image_size}")
+        except MALFORMED as error:
+            raise InputError(f"{path}: {first_line(error)}") from error
+        return clip
+
+    @classmethod
+    def _from_openclip(cls, folder: Path, **how: Any) -> CLIP:
+        path, weights_path = (folder / name for name in OPENCLIP)
+        weights = read_weights(weights_path)
+        try:
+            config, weights, preprocessing = open_clip(read_json(path), weights)
         except InputError:
             raise
         except MALFORMED as error:
             raise InputError(f"{path}: {first_line(error)}") from error
+        clip = build_network(cls, config, weights, path, weights_path, **how)
+        clip.preprocessing = preprocessing
         return clip
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -339,6 +362,7 @@ class CLIP(CLIPTowers):
         save_network(self, folder, "model", dtype)
         self.tokenizer.save_pretrained(folder)
         (folder / "preprocessor_config.json").write_text(json.dumps(self.preprocessing, indent=2) + "\n")
+        (folder / "processor_config.json").unlink(missing_ok=True)  # of a CLIP that was here before: read first
 
     @property
     def width(self) -> int:

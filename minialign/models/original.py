@@ -1,7 +1,7 @@
 """The original layout of Stable Diffusion: one file with all networks, under the names of CompVis' latent-diffusion.
 
 `parts` renames its keys to diffusers' and transformers' by the rules below, and reads the configs off the shapes, since
-such a file carries none. Stable Diffusion 1.x, 2.x and XL base.
+such a file carries none. Stable Diffusion 1.x, 2.x and XL base. `open_clip` does the same for OpenCLIP's own files.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ from typing import Any
 
 from torch import Tensor
 
-from .clip import TextEncoder
+from .blocks import OFF, read_config
 
 Weights = dict[str, Tensor]
 Part = tuple[dict[str, Any], Weights]  # config and weights
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
+VAE_PARTS = "encoder.", "decoder.", "quant_conv.", "post_quant_conv."
 # where the text towers are, in transformers' names or in OpenCLIP's: 1.x; 2.x; both of XL
 CLIP_TOWER, OPENCLIP_TOWER = "cond_stage_model.transformer.", "cond_stage_model.model."
 XL_TOWERS = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+XL_VAE = {"scaling_factor": 0.13025, "force_upcast": True}  # what the shapes of XL's autoencoder do not tell
 
-# Rules apply in order to a key without its prefix; those of blocks that are numbered through are in `_unet`.
+# Rules apply in order to a key without its prefix; `unet_rules` has those of blocks that are numbered through.
 UNET_RULES = [
     (r"^time_embed\.0", "time_embedding.linear_1"),
     (r"^time_embed\.2", "time_embedding.linear_2"),
@@ -53,7 +55,14 @@ VAE_RULES = [
     (r"nin_shortcut", "conv_shortcut"),
     (r"norm_out", "conv_norm_out"),
 ]
+CLIP_RULES = [(r"^(?!text_model\.|vision_model\.|visual_projection\.|text_projection\.|logit_scale)", "text_model.")]
 OPENCLIP_RULES = [
+    (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
+    (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
+    (r"^visual\.conv1", "vision_model.embeddings.patch_embedding"),
+    (r"^visual\.ln_pre", "vision_model.pre_layrnorm"),
+    (r"^visual\.ln_post", "vision_model.post_layernorm"),
+    (r"^visual\.transformer\.resblocks", "vision_model.encoder.layers"),
     (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
     (r"^token_embedding", "text_model.embeddings.token_embedding"),
     (r"^ln_final", "text_model.final_layer_norm"),
@@ -63,6 +72,22 @@ OPENCLIP_RULES = [
     (r"\.mlp\.c_proj", ".mlp.fc2"),
     (r"\.attn\.out_proj", ".self_attn.out_proj"),
 ]
+
+# what is read of open_clip_config.json, and what is built of the rest, see `read_config`
+OPENCLIP_TEXT = {"width": 512, "layers": 12, "heads": 8, "mlp_ratio": 4.0, "context_length": 77, "vocab_size": 49408}
+OPENCLIP_VISION = {"width": 768, "layers": 12, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16, "image_size": 224}
+LAYERS_BUILT: dict[str, tuple] = {
+    "ls_init_value": OFF,
+    "final_ln_after_pool": OFF,
+    "act_kwargs": OFF,
+    "norm_kwargs": OFF,
+}
+TEXT_BUILT = LAYERS_BUILT | {"pool_type": ("argmax",), "proj_type": ("linear",), "proj_bias": OFF}
+TEXT_BUILT |= {"hf_model_name": OFF, "embed_cls": OFF, "no_causal_mask": OFF}
+VISION_BUILT = LAYERS_BUILT | {"pool_type": ("tok",), "pos_embed_type": ("learnable",), "global_average_pool": OFF}
+VISION_BUILT |= {"timm_model_name": OFF, "attentional_pool": OFF, "no_ln_pre": OFF}
+MODEL_BUILT: dict[str, tuple] = {"custom_text": OFF, "multimodal_cfg": OFF, "init_logit_bias": OFF}
+PREPROCESS_BUILT = {"mode": ("RGB",), "interpolation": ("bicubic", None), "resize_mode": ("shortest", None)}
 
 
 def is_original(weights: Weights) -> bool:
@@ -74,16 +99,19 @@ def parts(weights: Weights, prediction_type: str | None = None) -> dict[str, Par
 
     The file does not say what the network predicts: v is taken for 2.x, whose 768 pixel checkpoints predict it, and for
     XL with the key "v_pred", noise for all others. That is wrong for 2.x base: `prediction_type` says otherwise.
-    LookupError or ValueError for a file of another kind.
+    There is no "vae" where the file lacks its autoencoder. LookupError or ValueError for a file of another kind.
     """
     if "edm_mean" in weights:
-        raise ValueError("the noise of playground-v2.5 is not built")
-    found = {"unet": _unet(_under(weights, UNET)), "vae": _vae(_under(weights, VAE))}
+        raise ValueError("the noise of playground-v2.5 is not supported")
+    found = {"unet": _unet(_under(weights, UNET))}
+    if any(key.startswith(VAE) for key in weights):
+        found["vae"] = _vae(_under(weights, VAE))
     prediction, config = "epsilon", found["unet"][0]
     if any(key.startswith(XL_TOWERS[1]) for key in weights):
         found["text_encoder"] = _clip(_under(weights, XL_TOWERS[0]))
         found["text_encoder_2"] = _openclip(_under(weights, XL_TOWERS[1]), whole=True)
-        found["vae"][0].update(scaling_factor=0.13025, force_upcast=True)
+        if "vae" in found:
+            found["vae"][0].update(XL_VAE)
         config["sample_size"] = 128
         prediction = "v_prediction" if "v_pred" in weights else "epsilon"
     elif any(key.startswith(OPENCLIP_TOWER) for key in weights):
@@ -98,6 +126,17 @@ def parts(weights: Weights, prediction_type: str | None = None) -> dict[str, Par
         schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     found["scheduler"] = ({"_class_name": "DDIMScheduler", "num_train_timesteps": 1000} | schedule, {})
     return found
+
+
+def vae_part(weights: Weights, xl: bool) -> Part:
+    """Config and weights of an autoencoder in a file of its own, whose keys may have the prefix of a whole checkpoint.
+
+    Its scale is that of XL's latents or of the others'. LookupError for a file of another kind.
+    """
+    own = {key.removeprefix(VAE): tensor for key, tensor in weights.items()}
+    own = {key: tensor for key, tensor in own.items() if key.startswith(VAE_PARTS)}
+    config, own = _vae(own)
+    return config | (XL_VAE if xl else {}), own
 
 
 def _under(weights: Weights, prefix: str) -> Weights:
@@ -121,12 +160,8 @@ def _count(weights: Weights, pattern: str) -> int:
     return len({match[1] for key in weights if (match := re.match(pattern + r"(\d+)\.", key))})
 
 
-def _unet(weights: Weights) -> Part:
-    """Blocks are numbered through: the first convolution, then each level's layers and its change of resolution."""
-    down = {int(key.split(".")[1]) for key in weights if key.startswith("input_blocks.") and key.endswith("op.weight")}
-    layers, levels = min(down) - 1, len(down) + 1
-    if not 0 < layers * levels <= len(weights):
-        raise LookupError(f"{layers} layers in each of {levels} levels")
+def unet_rules(layers: int, levels: int) -> list[tuple[str, str]]:
+    """All rules of a UNet: its blocks are numbered through, each level's layers and then its change of resolution."""
     names = {}
     for i in range(levels):
         for j in range(layers):
@@ -140,8 +175,16 @@ def _unet(weights: Weights) -> Part:
             for place in "12":  # the enlargement comes after the attention, if there is one
                 names[f"{block}.{place}.conv"] = f"up_blocks.{i}.upsamplers.0.conv"
     # the longest first: 1.conv is not a part of the attention 1
-    table = [(f"^{re.escape(old)}\\.", new + ".") for old, new in sorted(names.items(), key=lambda pair: -len(pair[0]))]
-    renamed = _renamed(weights, table + UNET_RULES)
+    longest = sorted(names.items(), key=lambda pair: -len(pair[0]))
+    return [(f"^{re.escape(old)}\\.", new + ".") for old, new in longest] + UNET_RULES
+
+
+def _unet(weights: Weights) -> Part:
+    down = {int(key.split(".")[1]) for key in weights if key.startswith("input_blocks.") and key.endswith("op.weight")}
+    layers, levels = min(down) - 1, len(down) + 1
+    if not 0 < layers * levels <= len(weights):
+        raise LookupError(f"{layers} layers in each of {levels} levels")
+    renamed = _renamed(weights, unet_rules(layers, levels))
     widths = [renamed[f"down_blocks.{i}.resnets.0.conv2.weight"].shape[0] for i in range(levels)]
     blocks = [_count(renamed, rf"down_blocks\.{i}\.attentions\.0\.transformer_blocks\.") for i in range(levels)]
     middle = _count(renamed, r"mid_block\.attentions\.0\.transformer_blocks\.")
@@ -193,26 +236,61 @@ def _vae(weights: Weights) -> Part:
 
 
 def _clip(weights: Weights) -> Part:
-    weights = {TextEncoder.current_key(key): tensor for key, tensor in weights.items()}
+    weights = _renamed(weights, CLIP_RULES)
     return _text_config(weights, "quick_gelu"), weights
 
 
 def _openclip(weights: Weights, whole: bool) -> Part:
     """`whole` with the last layer and the projection; 2.x reads the layer before, and its 24th is not kept."""
+    renamed = _openclip_renamed(weights)
+    config = {"projection_dim": renamed["text_projection.weight"].shape[0]} if whole else {}
+    if not whole:
+        renamed = {key: t for key, t in renamed.items() if not key.startswith("text_model.encoder.layers.23.")}
+    return _text_config(renamed, "gelu") | config, renamed
+
+
+def _openclip_renamed(weights: Weights) -> Weights:
     renamed = {}
-    if "text_projection" in weights:  # OpenCLIP multiplies from the other side; diffusers' exports do not
-        weights = weights | {"text_projection.weight": weights["text_projection"].T}
     for key, tensor in _renamed(weights, OPENCLIP_RULES).items():
         if match := re.search(r"\.attn\.in_proj_(weight|bias)$", key):
             for name, part in zip("qkv", tensor.chunk(3)):
                 renamed[f"{key[: match.start()]}.self_attn.{name}_proj.{match[1]}"] = part
-        elif key not in ("logit_scale", "text_projection"):
+        elif key in ("text_projection", "visual.proj"):  # OpenCLIP multiplies from the other side
+            renamed["text_projection.weight" if key == "text_projection" else "visual_projection.weight"] = tensor.T
+        else:
             renamed[key] = tensor
-    config = {"projection_dim": renamed["text_projection.weight"].shape[0]} if whole else {}
-    if not whole:
-        unused = "text_model.encoder.layers.23.", "text_projection."
-        renamed = {key: tensor for key, tensor in renamed.items() if not key.startswith(unused)}
-    return _text_config(renamed, "gelu") | config, renamed
+    return renamed
+
+
+def open_clip(config: dict[str, Any], weights: Weights) -> tuple[dict[str, Any], Weights, dict[str, Any]]:
+    """Config, weights and preprocessing, as transformers has them, of OpenCLIP's open_clip_config.json and weights.
+
+    ValueError names the key of an unsupported value, such as a vision tower from another library.
+    """
+    model, look = config["model_cfg"], config.get("preprocess_cfg") or {}
+    read_config("OpenCLIP model_cfg", model, {}, MODEL_BUILT)
+    read_config("OpenCLIP preprocess_cfg", look, {}, PREPROCESS_BUILT)
+    text = read_config("OpenCLIP text_cfg", model["text_cfg"], OPENCLIP_TEXT, TEXT_BUILT)
+    vision = read_config("OpenCLIP vision_cfg", model["vision_cfg"], OPENCLIP_VISION, VISION_BUILT)
+
+    def tower(c: dict[str, Any], heads: int) -> dict[str, Any]:
+        size = {"hidden_size": c["width"], "intermediate_size": int(c["width"] * c["mlp_ratio"])}
+        size |= {"num_hidden_layers": c["layers"], "num_attention_heads": heads}
+        return size | {"hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu"}
+
+    size = vision["image_size"]
+    towers = {
+        "model_type": "clip",
+        "projection_dim": model["embed_dim"],
+        "text_config": tower(text, text["heads"])
+        | {"vocab_size": text["vocab_size"], "max_position_embeddings": text["context_length"]}
+        | {"eos_token_id": 2},  # pooling at the highest id, which ends the text
+        "vision_config": tower(vision, vision["width"] // vision["head_width"])
+        | {"image_size": size, "patch_size": vision["patch_size"]},
+    }
+    preprocessing = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+    preprocessing |= {f"image_{key}": look[key] for key in ("mean", "std") if look.get(key)}
+    return towers, _openclip_renamed(weights), preprocessing
 
 
 def _text_config(weights: Weights, activation: str) -> dict[str, Any]:

@@ -6,38 +6,32 @@ Weights are safetensors only; nothing from a checkpoint is executed.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ..files import (
+    CONVERT,
+    MALFORMED,
+    PICKLES,
+    InputError,
+    first_line,
+    read_json,
+    read_weights,
+    write_tensors,
+)
 
 EMBEDDED = Path(__file__).parent.parent / "shapes" / "checkpoint"
 WEIGHTS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' file names
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-CONVERT = (
-    "pickled weights can run code and are refused; convert them with diffusers or transformers: load them there "
-    "(from_pretrained, from_single_file or load_lora_weights) and call save_pretrained(folder, "
-    "safe_serialization=True) or save_lora_weights"
-)
 ACCEPTED = (
     "accepted: a folder in the diffusers layout or a hub id such as owner/name, or a .safetensors file in the original "
     "layout"
 )
 Network = TypeVar("Network", bound=nn.Module)
-
-
-class InputError(ValueError):
-    """Something the user gave cannot be used; the message is one line that names it and says what is accepted."""
-
-
-# what nonsense in a config raises
-MALFORMED = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError, MemoryError)
 
 
 def weights_names(name: str, variant: str | None = None) -> tuple[str, str]:
@@ -58,6 +52,7 @@ def resolve(
     source: str | Path | None,
     patterns: list[str],
     *,
+    accepted: str = ACCEPTED,
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
@@ -65,8 +60,9 @@ def resolve(
 ) -> Path:
     """Where a source is: None is the embedded checkpoint, a folder or .safetensors file is itself, a hub id fetched.
 
-    Of a hub repository only files that match `patterns` are fetched; what is in the cache needs no network. The
-    keywords are huggingface_hub's; its environment variables (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE) work too.
+    Of a hub repository only files that match `patterns` are fetched; what is in the cache needs no network. `accepted`
+    is told where the source is none. The other keywords are huggingface_hub's; its environment variables (HF_TOKEN,
+    HF_HOME, HF_HUB_OFFLINE) work too.
     """
     if source is None:
         return EMBEDDED
@@ -80,9 +76,9 @@ def resolve(
     if is_file and path.suffix == ".safetensors":
         return path
     if is_file:
-        raise InputError(f"{source}: {CONVERT if path.suffix in PICKLES else 'a file'}; {ACCEPTED}")
+        raise InputError(f"{source}: {CONVERT if path.suffix in PICKLES else 'a file'}; {accepted}")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source)):
-        raise InputError(f"{source}: not found; {ACCEPTED}")
+        raise InputError(f"{source}: not found; {accepted}")
     from huggingface_hub import snapshot_download  # slow to import, and most runs need no hub
 
     how: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
@@ -93,32 +89,6 @@ def resolve(
         raise InputError(
             f"{source}: neither a folder nor a hub id that can be fetched ({first_line(error)})"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """What went wrong, in one line."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
-
-
-def read_bytes(path: Path) -> bytes:
-    """A file's content; InputError names a file that cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint or a run."""
-    try:
-        value = json.loads(read_bytes(path).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: a JSON object is needed, not {type(value).__name__}")
-    return value
 
 
 def load_network(
@@ -155,8 +125,8 @@ def build_network(
 
     Built on the meta device, and weights are assigned: nothing is initialised only to be overwritten, and what is
     stored as `dtype` stays mapped from its file. Keys of older exports are brought to today's names by the network's
-    `current_key`. InputError names the file and the key of a config value that is not built and of weights that are
-    missing, unexpected or of another shape.
+    `current_key`, and those that begin like one of its `unused` are left out. InputError names the file and the key of
+    an unsupported config value and of weights that are missing, unexpected or of another shape.
     """
     try:
         with torch.device("meta"):
@@ -164,8 +134,9 @@ def build_network(
     except MALFORMED as error:
         raise InputError(f"{config_path}: {first_line(error)}") from error
     current_key: Callable[[str], str] = getattr(network, "current_key", str)
+    unused: tuple[str, ...] = getattr(network, "unused", ())
     # position_ids are a buffer of older exports that holds 0, 1, 2, ...
-    weights = {key: tensor for key, tensor in weights.items() if not key.endswith("position_ids")}
+    weights = {key: t for key, t in weights.items() if not key.endswith("position_ids") and not key.startswith(unused)}
     named = {current_key(key): tensor for key, tensor in weights.items()}
     if len(named) < len(weights):
         raise InputError(f"{weights_path}: has a weight twice, under its name of today and an older one")
@@ -191,8 +162,22 @@ def build_network(
     return network.eval()
 
 
+def variants(folder: Path, name: str) -> set[str | None]:
+    """The variants of a network's weights that a folder has, such as "fp16", and None for weights without one."""
+    pattern = re.compile(rf"{name}(?:\.(\w+))?\.safetensors|{name}\.safetensors\.index(?:\.(\w+))?\.json")
+    matches = (pattern.fullmatch(path.name) for path in folder.glob(f"{name}.*"))
+    return {match[1] or match[2] for match in matches if match}
+
+
 def weights_files(folder: Path, name: str, variant: str | None = None) -> list[Path]:
-    """The safetensors files of a network's folder; a pickled one is refused with the way to convert it."""
+    """The safetensors files of a network's folder; a pickled one is refused with the way to convert it.
+
+    Where the network has not the variant, its weights without one are read, and where it has no such, those of the one
+    variant that is there.
+    """
+    found = variants(folder, name)
+    if variant not in found:
+        variant = next(iter(found)) if len(found) == 1 else None
     whole, index = weights_names(name, variant)
     if (folder / whole).is_file():
         return [folder / whole]
@@ -204,32 +189,22 @@ def weights_files(folder: Path, name: str, variant: str | None = None) -> list[P
             if not re.fullmatch(r"[\w.-]+\.safetensors", file):
                 raise InputError(f"{folder / index}: {file!r} is not the name of a .safetensors file beside it")
         return [folder / file for file in sorted(set(named.values()))]
+    if found:
+        named = " or ".join(sorted(map(str, found)))
+        raise InputError(f"{folder}: has weights of variants alone; accepted: variant={named}")
     for path in sorted(folder.glob("*")):
         if path.suffix in PICKLES:
             raise InputError(f"{path}: {CONVERT}")
-    # of a hub repository pickles are not even fetched
-    raise InputError(f"{folder}: no weights; accepted: {whole} or {index} ({CONVERT})")
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, mapped into memory, so that reading them is left to their first use."""
-    if path.suffix in PICKLES:
-        raise InputError(f"{path}: {CONVERT}")
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
-    except (OSError, SafetensorError, *MALFORMED) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
+    # of a hub repository neither pickles nor variants that were not asked for are fetched
+    raise InputError(f"{folder}: no weights; accepted: {whole} or {index}, or a variant by its name ({CONVERT})")
 
 
 def save_network(network: nn.Module, folder: Path, name: str = WEIGHTS[0], dtype: torch.dtype | None = None) -> None:
     """Write config.json and the weights, as `dtype` if given, so that diffusers or transformers load them."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(network.config, indent=2) + "\n", encoding="utf-8")
-    weights = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in network.state_dict().items()}
-    path = folder / f"{name}.safetensors"
-    # not in place, because the network's own weights may be mapped from that file
-    save_file(weights, path.with_suffix(".tmp"), {"format": "pt", "made_by": "minialign"})
-    os.replace(path.with_suffix(".tmp"), path)
+    weights = {key: tensor.to("cpu", dtype) for key, tensor in network.state_dict().items()}
+    # with one entry of metadata, since safetensors writes two in an order of its own and the bytes would differ
+    write_tensors(folder / f"{name}.safetensors", weights, {"format": "pt"})
     for stale in (folder / weights_names(name)[1], *folder.glob(f"{name}-?????-of-?????.safetensors")):
         stale.unlink(missing_ok=True)  # of a model in shards that was here before: diffusers would read them

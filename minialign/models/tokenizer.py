@@ -1,6 +1,6 @@
 """CLIP's byte-pair tokenizer (Radford et al. 2021; byte-pair encoding: Sennrich et al. 2016).
 
-Reads and writes vocab.json and merges.txt, gives the same ids as transformers' CLIPTokenizer.
+Reads and writes transformers' files, gives the same ids as transformers' CLIPTokenizer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pretrained import MALFORMED, InputError, read_bytes, read_json
+from ..files import MALFORMED, InputError, read_bytes, read_json
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 SUFFIXES = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
@@ -72,47 +72,54 @@ class Tokenizer:
         self.length: int = length if length < 1 << 16 else 77  # transformers writes 1e30 where none was set
         pad = self.config.get("pad_token") or END
         pad = pad["content"] if isinstance(pad, dict) else pad
-        added = {token["content"]: int(i) for i, token in (self.config.get("added_tokens_decoder") or {}).items()}
-        self.vocab = vocab = vocab | added
+        added = (self.config.get("added_tokens_decoder") or {}).items()
+        self.vocab = vocab = vocab | {token["content"]: int(i) for i, token in added}
         for token in (START, END, pad):
             if token not in vocab:
                 raise ValueError(f"tokenizer: vocab.json has no {token!r}")
         if any(type(i) is not int or i < 0 for i in vocab.values()):
             raise ValueError("tokenizer: vocab.json has an id that is not a number from 0 on")
         self.start, self.end, self.pad = vocab[START], vocab[END], vocab[pad]
-        special = sorted({START, END, pad, *added}, key=len, reverse=True)  # the longest first
-        self._special = re.compile("(" + "|".join(map(re.escape, special)) + ")")
+        # tokens that are found before the text is cut into words, some of them in upper or lower case
+        self._any_case = {token["content"].lower(): int(i) for i, token in added if token.get("normalized")}
+        exact = {START, END, pad, *(token["content"] for _, token in added)}
+        special = sorted(exact | self._any_case.keys(), key=len, reverse=True)  # the longest first
+        patterns = (f"(?i:{re.escape(token)})" if token in self._any_case else re.escape(token) for token in special)
+        self._special = re.compile("(" + "|".join(patterns) + ")")
         self._ranks = {pair: rank for rank, pair in enumerate(merges)}
         self._bytes = byte_characters()
         self._cache: dict[str, list[int]] = {}
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, settings: dict[str, Any] | None = None) -> Tokenizer:
-        """Read vocab.json and merges.txt, or tokenizer.json alone, and tokenizer_config.json of a folder.
+        """Read tokenizer.json, or vocab.json and merges.txt, and tokenizer_config.json of a folder.
 
-        `settings` go before those of the files. InputError names a file that is missing or not what it should be.
+        Where two files disagree, the one that transformers goes by is read: tokenizer.json before vocab.json, which
+        may be an older version's, and the config's added_tokens_decoder before special_tokens_map.json and
+        added_tokens.json. `settings` go before all. InputError names a file that is missing or not what it should be.
         """
         folder = Path(folder)
-        path = folder / "tokenizer_config.json"
-        config = read_json(path) if path.exists() else {}
-        path = folder / "special_tokens_map.json"  # goes before the config: 2.x says its padding there
-        config |= {key: token for key, token in (read_json(path) if path.exists() else {}).items() if "_token" in key}
-        config |= settings or {}
-        path = folder / "added_tokens.json"
+
+        def optional(name: str) -> dict[str, Any]:
+            return read_json(folder / name) if (folder / name).exists() else {}
+
         try:
-            added = dict(config.get("added_tokens_decoder") or {})
-            if path.exists():
-                added |= {str(i): {"content": token} for token, i in read_json(path).items()}
-            if (folder / "vocab.json").exists():
+            config, whole = optional("tokenizer_config.json"), optional("tokenizer.json")
+            if whole:
+                vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
+            else:
                 vocab = read_json(folder / "vocab.json")
-                lines = read_bytes(folder / "merges.txt").decode("utf-8").split("\n")
-                pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-            else:  # what transformers writes since version 5
-                whole = read_json(folder / "tokenizer.json")
-                vocab = whole["model"]["vocab"]
-                added |= {str(token["id"]): token for token in whole["added_tokens"]}
-                pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in whole["model"]["merges"]]
-            return cls(vocab, [(a, b) for a, b in pairs], config | ({"added_tokens_decoder": added} if added else {}))
+                lines = re.split(r"\r?\n", read_bytes(folder / "merges.txt").decode("utf-8"))
+                merges = [line for line in lines if line and not line.startswith("#version")]
+            if "added_tokens_decoder" not in config:
+                added = {
+                    str(i): {"content": token, "normalized": True} for token, i in optional("added_tokens.json").items()
+                }
+                added |= {str(token["id"]): token for token in whole.get("added_tokens", [])}
+                config |= {key: token for key, token in optional("special_tokens_map.json").items() if "_token" in key}
+                config |= {"added_tokens_decoder": added} if added else {}
+            pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+            return cls(vocab, [(a, b) for a, b in pairs], config | (settings or {}))
         except InputError:
             raise
         except MALFORMED as error:
@@ -129,6 +136,8 @@ class Tokenizer:
         (folder / "merges.txt").write_text(merges, encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
+        for stale in ("tokenizer.json", "added_tokens.json"):
+            (folder / stale).unlink(missing_ok=True)  # of a tokenizer that was here before: it would be read first
 
     def __call__(self, texts: list[str]) -> Tensor:
         rows = []
@@ -142,10 +151,16 @@ class Tokenizer:
         ids = []
         for i, piece in enumerate(self._special.split(text)):
             if i % 2:  # split puts what matched at the odd places
-                ids.append(self.vocab[piece])
+                ids.append(self.vocab[piece] if piece in self.vocab else self._any_case[piece.lower()])
             else:
                 ids += [token for word in split_words(piece) for token in self._encode_word(word)]
         return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, in lower case and with a space after each word or mark."""
+        tokens, byte = {i: token for token, i in self.vocab.items()}, {c: bytes([i]) for i, c in enumerate(self._bytes)}
+        text = "".join(tokens[i] for i in ids).replace("</w>", " ").rstrip()
+        return b"".join(byte.get(c) or c.encode() for c in text).decode("utf-8", errors="replace")
 
     def _encode_word(self, word: str) -> list[int]:
         if word not in self._cache:

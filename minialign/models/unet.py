@@ -42,10 +42,9 @@ SETTINGS: dict[str, Any] = {
     "addition_time_embed_dim": None,  # SDXL: width of the sinusoids of each of the six time ids
     "projection_class_embeddings_input_dim": None,  # SDXL: width of the second conditioning
     "sample_size": None,  # default image size, read by the pipeline
-    "addition_embed_type_num_heads": 64,  # of an embedding that is refused unless off
 }
-BUILT: dict[str, tuple] = {
-    "act_fn": ("silu",),
+BUILT: dict[str, tuple] = {  # with SETTINGS all that changes diffusers' network but its dropout in training
+    "act_fn": ("silu", "swish"),
     "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),  # the last two in distilled networks
     "addition_embed_type": (None, "text_time"),  # the second is SDXL's
     "center_input_sample": (False,),
@@ -53,9 +52,20 @@ BUILT: dict[str, tuple] = {
     "freq_shift": (0,),
     "downsample_padding": (1,),
     "mid_block_scale_factor": (1, 1.0),
-    "dropout": (0.0, 0),
     "dual_cross_attention": (False,),
     "only_cross_attention": (False,),
+    "mid_block_only_cross_attention": (None, False),
+    "cross_attention_norm": (None,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "num_attention_heads": (None,),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "class_embeddings_concat": (False,),
+    "time_embedding_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,),
+    "time_cond_proj_dim": (None,),
     "resnet_time_scale_shift": ("default",),
     "resnet_skip_time_act": (False,),
     "resnet_out_scale_factor": (1.0, 1),
@@ -116,22 +126,15 @@ class UNet(nn.Module):
     def __init__(self, config: dict[str, Any]):
         super().__init__()
         c = read_config("UNet2DConditionModel", config, SETTINGS, BUILT)
+        _check_size(c["sample_size"])
         self.config = config
-        if not isinstance(c["cross_attention_dim"], int):
-            width = c["cross_attention_dim"]
-            raise ValueError(f"UNet2DConditionModel config: cross_attention_dim={width!r} is not built; supported: one")
-        size = c["sample_size"] if isinstance(c["sample_size"], list) else [c["sample_size"] or 1] * 2
-        if len(size) != 2 or any(type(n) is not int or n < 1 for n in size):
-            raise ValueError(f"UNet2DConditionModel config: sample_size={c['sample_size']!r} is not a size")
         self.in_channels: int = c["in_channels"]
-        self.context_width: int = c["cross_attention_dim"]
+        self.context_width: int = _context_width(c)
         widths = list(c["block_out_channels"])
         levels = len(widths)
         heads = per_level(c["attention_head_dim"], levels, "attention_head_dim")
         layers = per_level(c["layers_per_block"], levels, "layers_per_block")
         down_depths, up_depths = _depths(c, layers)
-        if sum(layers) + sum(map(sum, down_depths + up_depths)) > MOST:
-            raise ValueError(f"UNet2DConditionModel config: more than {MOST} layers and transformer blocks")
         time_width = 4 * widths[0]
 
         def attention(level: int, depth: int) -> dict[str, Any]:
@@ -148,13 +151,7 @@ class UNet(nn.Module):
         self.time_embedding = TimestepMLP(widths[0], time_width)
         self.added_width, self.time_id_width = 0, 0  # of SDXL's second conditioning
         if c["addition_embed_type"] == "text_time":
-            self.added_width = c["projection_class_embeddings_input_dim"]
-            self.time_id_width = c["addition_time_embed_dim"]
-            if type(self.added_width) is not int or type(self.time_id_width) is not int:
-                raise ValueError(
-                    "UNet2DConditionModel config: addition_embed_type='text_time' is not built without the widths "
-                    "projection_class_embeddings_input_dim and addition_time_embed_dim; supported: both, or null"
-                )
+            self.added_width, self.time_id_width = _added_widths(c)
             self.add_embedding = TimestepMLP(self.added_width, time_width)
         self.down_blocks = nn.ModuleList()
         skips = [widths[0]]  # widths of the feature maps kept for the way up
@@ -231,6 +228,35 @@ class UNet(nn.Module):
         return block(*inputs)
 
 
+def _check_size(sample_size: Any) -> None:
+    size = sample_size if isinstance(sample_size, list) else [sample_size or 1] * 2
+    if len(size) != 2 or any(type(n) is not int or n < 1 for n in size):
+        raise ValueError(f"UNet2DConditionModel config: sample_size={sample_size!r} is not a size")
+
+
+def _context_width(c: dict[str, Any]) -> int:
+    """The width D of the text context, which is that of all levels."""
+    context = c["cross_attention_dim"]
+    if isinstance(context, list) and len(set(context)) == 1:  # one a level
+        context = context[0]
+    if not isinstance(context, int):
+        raise ValueError(
+            f"UNet2DConditionModel config: cross_attention_dim={context!r} is not supported; accepted: one"
+        )
+    return context
+
+
+def _added_widths(c: dict[str, Any]) -> tuple[int, int]:
+    """The widths of SDXL's second conditioning (B,A) and of the sinusoids of one of its time ids."""
+    added, time_id = c["projection_class_embeddings_input_dim"], c["addition_time_embed_dim"]
+    if type(added) is not int or type(time_id) is not int:
+        raise ValueError(
+            "UNet2DConditionModel config: addition_embed_type='text_time' is not supported without the widths "
+            "projection_class_embeddings_input_dim and addition_time_embed_dim; accepted: both, or null"
+        )
+    return added, time_id
+
+
 def _depths(c: dict[str, Any], layers: list[int]) -> tuple[list[list[int]], list[list[int]]]:
     """Transformer blocks in each attention of each level, on the way down and on the way up (from the lowest level).
 
@@ -246,8 +272,8 @@ def _depths(c: dict[str, Any], layers: list[int]) -> tuple[list[list[int]], list
                 or any(type(n) is not int or not 0 <= n <= MOST for n in depth)
             ):
                 raise ValueError(
-                    f"UNet2DConditionModel config: {key}={values!r} is not built; supported: one number, one a level, "
-                    "or lists with one a layer"
+                    f"UNet2DConditionModel config: {key}={values!r} is not supported; accepted: one number, one a "
+                    "level, or lists with one a layer"
                 )
         return [depth[:count] for depth, count in zip(depths, counts)]
 
@@ -258,7 +284,10 @@ def _depths(c: dict[str, Any], layers: list[int]) -> tuple[list[list[int]], list
         if not isinstance(values, list) or len(values) != len(layers):
             has = len(values) if isinstance(values, list) else 1
             raise ValueError(f"UNet2DConditionModel config: {name} has {has} entries for {len(layers)} levels")
-    return listed(down, layers, key), listed(up, [n + 1 for n in layers[::-1]], "reverse_" + key)
+    depths = listed(down, layers, key), listed(up, [n + 1 for n in layers[::-1]], "reverse_" + key)
+    if sum(layers) + sum(sum(map(sum, way)) for way in depths) > MOST:
+        raise ValueError(f"UNet2DConditionModel config: more than {MOST} layers and transformer blocks")
+    return depths
 
 
 def _stages(blocks: nn.ModuleList) -> Iterator[Stage]:
@@ -273,5 +302,5 @@ def _kinds(c: dict[str, Any], direction: str, levels: int) -> list[bool]:
         raise ValueError(f"UNet2DConditionModel config: {key} has {len(c[key])} entries for {levels} levels")
     for name in c[key]:
         if name not in known:
-            raise ValueError(f"UNet2DConditionModel config: {key} has {name!r}; supported: {', '.join(known)}")
+            raise ValueError(f"UNet2DConditionModel config: {key} has {name!r}; accepted: {', '.join(known)}")
     return [known[name] for name in c[key]]

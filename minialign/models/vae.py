@@ -43,7 +43,12 @@ SETTINGS: dict[str, Any] = {
     "down_block_types": None,
     "up_block_types": None,
 }
-BUILT: dict[str, tuple] = {"act_fn": ("silu",), "shift_factor": (None, 0, 0.0)}
+BUILT: dict[str, tuple] = {  # with SETTINGS all that changes diffusers' network
+    "act_fn": ("silu", "swish"),
+    "shift_factor": (None, 0, 0.0),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+}
 
 
 class VAEAttention(Attention):
@@ -146,7 +151,7 @@ class VAE(nn.Module):
         for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             for name in c[key] or []:
                 if name != kind:
-                    raise ValueError(f"AutoencoderKL config: {key} has {name!r}; supported: {kind!r}")
+                    raise ValueError(f"AutoencoderKL config: {key} has {name!r}; accepted: {kind!r}")
             per_level(c[key] or 1, len(c["block_out_channels"]), key)  # refuses a list of another length
         if count(c, "layers_per_block") * len(c["block_out_channels"]) > MOST:
             raise ValueError(f"AutoencoderKL config: more than {MOST} layers")
