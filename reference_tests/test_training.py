@@ -1,21 +1,16 @@
-"""Learning rates, moving averages, stateless randomness, atomic files and checkpoints."""
+"""Learning rates, moving averages, stateless randomness and checkpoints."""
 
 import math
+import os
+import random
 import resource
 
 import pytest
 import torch
 
-from minialign.models.pretrained import InputError
-from minialign.training import (
-    EMA,
-    atomic,
-    checkpoints,
-    generator,
-    learning_rate,
-    load_checkpoint,
-    save_checkpoint,
-)
+from minialign.engine.checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from minialign.engine.optimising import EMA, generator, learning_rate
+from minialign.files import InputError, temporary_name
 
 
 def test_learning_rate_warms_up_holds_and_decays():
@@ -25,10 +20,58 @@ def test_learning_rate_warms_up_holds_and_decays():
     assert rates[75] == pytest.approx(1.0) and rates[99] == pytest.approx(1 - math.cos(math.pi / 50), rel=1e-6)
 
 
+# of get_{cosine,linear}_schedule_with_warmup with 40 of 100 steps of warm-up, in diffusers 0.42.1, at these steps
+STEPS = (40, 41, 55, 70, 85, 99)
+RECORDED = {
+    "cosine": (1.0, 0.9993147673772869, 0.8535533905932737, 0.5, 0.14644660940672627, 0.0006852326227130834),
+    "linear": (1.0, 0.9833333333333333, 0.75, 0.5, 0.25, 0.016666666666666666),
+}
+
+
+@pytest.mark.parametrize("schedule", RECORDED)
+def test_the_learning_rate_falls_after_the_warm_up_as_in_diffusers(schedule):
+    rates = [learning_rate(step, 100, 2.0, 40, schedule) for step in range(100)]
+    assert [rates[step] / 2 for step in STEPS] == pytest.approx(RECORDED[schedule], rel=1e-12)
+    assert max(abs(b - a) for a, b in zip(rates[38:], rates[39:])) < 0.06  # no jump where the warm-up ends
+    module = pytest.importorskip("diffusers.optimization")
+    optimizer = torch.optim.SGD([torch.zeros(1)], 2.0)
+    theirs = getattr(module, f"get_{schedule}_schedule_with_warmup")(optimizer, 40, 100)
+    assert rates[40:] == pytest.approx([2 * theirs.lr_lambdas[0](step) for step in range(40, 100)], rel=1e-12)
+
+
+def test_a_late_fall_waits_for_the_warm_up():
+    rates = [learning_rate(step, 100, 1.0, warmup=80, decay=0.5) for step in range(100)]
+    assert rates[79] == rates[80] == 1 and rates[90] == pytest.approx(0.5)
+    assert [learning_rate(step, 100, 1.0, warmup=80, decay=0.0) for step in (80, 99)] == [1, 1]
+
+
 def test_random_generators_depend_on_the_key_alone():
     draws = {key: torch.rand(4, generator=generator(*key)).tolist() for key in [(0, 1), (1, 0), (0, 1, 0), (0, 2)]}
     assert len({tuple(draw) for draw in draws.values()}) == 4
     assert draws[0, 1] == torch.rand(4, generator=generator(0, 1)).tolist()
+
+
+def test_keys_beyond_32_bits_have_generators_of_their_own_and_the_others_stay():
+    def first(*key):
+        return torch.randint(2**31, (2,), generator=generator(*key)).tolist()
+
+    keys = [(seed, *rest) for seed in (5, 2**32 + 5, 2**33 + 5, 2**63 + 5, 2**80 + 5, -1) for rest in ((), (0,), (1,))]
+    keys += [(0, 2**32), (2**32, 0), (2**32, 2**32)]
+    assert len({tuple(first(*key)) for key in keys}) == len(keys)
+    assert first(21, 5, 399) == [850560399, 1354161479]  # as before: the numbers of all runs
+    assert first(2**32 - 1, 7) == [805919886, 102774719]
+
+
+def test_the_callers_random_state_is_left_alone(tmp_path):
+    parts = make(False)
+    before = torch.get_rng_state(), random.getstate()
+    generator(1, 2)
+    train(*parts, 0, 2)
+    save_checkpoint(tmp_path, 2, *parts)
+    load_checkpoint(tmp_path, *parts)
+    with parts[2].in_place(parts[0]):
+        pass
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
 
 
 def test_moving_average_follows_its_recursion():
@@ -41,22 +84,6 @@ def test_moving_average_follows_its_recursion():
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model.weight.detach()
     torch.testing.assert_close(ema.weights["weight"], expected)
-
-
-def test_atomic_leaves_the_old_content_when_writing_fails(tmp_path):
-    file, folder = tmp_path / "a.txt", tmp_path / "b"
-    for text in ("old", "new"):
-        with atomic(file) as temporary:
-            temporary.write_text(text)
-        with atomic(folder) as temporary:
-            temporary.mkdir()
-            (temporary / text).write_text(text)
-    for path in (file, folder):
-        with pytest.raises(RuntimeError), atomic(path) as temporary:
-            temporary.write_text("half")
-            raise RuntimeError
-    assert file.read_text() == "new" and [p.name for p in folder.iterdir()] == ["new"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "b"]
 
 
 def make(channels_last: bool):
@@ -96,6 +123,40 @@ def test_a_resumed_run_is_bit_identical(tmp_path, channels_last):
 
 def test_no_checkpoint_is_step_zero(tmp_path):
     assert load_checkpoint(tmp_path / "none", *make(False)) == 0
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    """As with a linked folder of checkpoints that a new run finds: an older model must not pass for the new one's."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "disk")
+    save_checkpoint(tmp_path / "checkpoints", 3, *make(False), digest="seed 0")
+    assert (tmp_path / "disk" / "step-3").is_dir()
+    assert load_checkpoint(tmp_path / "checkpoints", *make(False), digest="seed 0") == 3
+    for digest in ("seed 3", ""):
+        with pytest.raises(InputError, match="step-3: is of a training with other settings or of an older version"):
+            load_checkpoint(tmp_path / "checkpoints", *make(False), digest=digest)
+    sums = tmp_path / "disk" / "step-3" / "SHA256SUMS"
+    sums.write_text("".join(line for line in sums.read_text().splitlines(True) if not line.startswith("#")))
+    with pytest.raises(InputError, match="or of an older version; accepted: --fresh"):
+        load_checkpoint(tmp_path / "checkpoints", *make(False), digest="seed 0")
+
+
+def test_what_is_no_checkpoint_stays(tmp_path):
+    """A user's names, a link to a checkpoint elsewhere; what a killed process was writing goes."""
+    mine = ["step-final", "step-", "step-1-best", "step-²", "mystep-7"]
+    for name in mine:
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-8.txt").write_text("mine")
+    left = temporary_name(tmp_path / "step-9").name.replace(str(os.getpid()), str(2**22 + 1))  # no such process
+    (tmp_path / left).mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "step-0").symlink_to(tmp_path / "elsewhere")
+    assert load_checkpoint(tmp_path, *make(False)) == 0  # it has no checksums: set aside
+    (tmp_path / "damaged-step-0").rename(tmp_path / "step-0")
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, *make(False))
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-1", "step-2"]
+    assert {path.name for path in tmp_path.iterdir()} == {*mine, "step-8.txt", "elsewhere", "step-1", "step-2"}
 
 
 def test_the_last_checkpoints_are_kept(tmp_path):

@@ -1,0 +1,1 @@
+"""What carries the stages: processes, checkpoints, learning rates and averages, command lines."""

@@ -1,0 +1,126 @@
+"""What every training loop needs: stateless randomness, learning rates, averages of weights, progress, a clean stop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .processes import is_main_process, local
+
+T = TypeVar("T")
+
+
+def generator(*key: int) -> torch.Generator:
+    """A random generator that depends on the key alone, so that any step can be replayed without those before it.
+
+    A CPU generator starts from the low 32 bits of its seed, to which bits of the key beyond its parts' first 32 never
+    come by multiplication: they have a hash of their own, 0 without any.
+    """
+    state = beyond = 0
+    for part in key:  # a multiplicative hash (Knuth 1998, section 6.4) keeps neighbouring keys apart
+        state = ((state ^ part) * 0x9E3779B97F4A7C15 + 0x7F4A7C15) % 2**63
+        beyond = (beyond ^ (part >> 32)) * 0xD1342543DE82EF95 % 2**64
+    return torch.Generator().manual_seed(state ^ (beyond >> 32))
+
+
+SCHEDULES = {  # of the learning rate after its warm-up: fraction done -> fraction of the peak
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),  # Loshchilov & Hutter 2017
+}
+
+
+def learning_rate(
+    step: int, steps: int, peak: float, warmup: int = 0, schedule: str = "cosine", decay: float = 1.0
+) -> float:
+    """Of step `step` (from 0): a linear rise to `peak` over `warmup` steps, then a fall by `schedule` to 0 at `steps`.
+
+    The fall begins when the warm-up is over or, where `decay` is below 1, with the last fraction `decay` of all steps,
+    whichever is later; at decay 0 there is none.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    start = max(warmup, steps * (1 - decay))
+    if step < start or decay == 0:
+        return peak
+    return peak * SCHEDULES[schedule]((step - start) / (steps - start))
+
+
+class EMA:
+    """Exponential moving average of trained weights: shadow <- decay * shadow + (1 - decay) * weights."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.weights = {name: p.detach().clone() for name, p in trained(model).items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """After step `step` (from 0). Young averages follow faster, so that they do not keep the first weights."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        current = [local(p.detach()) for p in trained(model).values()]
+        torch._foreach_lerp_([local(weight) for weight in self.weights.values()], current, 1 - decay)
+
+    @torch.no_grad()
+    def put_into(self, model: nn.Module) -> None:
+        """Give the model the averages as its weights."""
+        for name, p in trained(model).items():
+            p.copy_(self.weights[name])
+
+    @contextmanager
+    def in_place(self, model: nn.Module) -> Iterator[None]:
+        """The model has the averages as its weights while the context lasts."""
+        kept = [p.detach().clone() for p in trained(model).values()]
+        self.put_into(model)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, weight in zip(trained(model).values(), kept):
+                    p.copy_(weight)
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are not frozen, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def progress(items: Iterable[T], description: str, total: int | None = None, done: int = 0) -> Iterator[T]:
+    """A progress bar on stderr with rate and time left, of the leading process; none under TQDM_DISABLE=1."""
+    how: dict[str, Any] = {"file": sys.stderr, "dynamic_ncols": True, "mininterval": 0.5}
+    if not is_main_process():
+        how["disable"] = True
+    yield from tqdm(items, description, total, initial=done, **how)
+
+
+class Terminated(Exception):
+    """The process was asked to end and has saved what it did."""
+
+
+class Stop:
+    """`asked` turns true at SIGTERM, by which clusters announce the end, so that a step ends and a checkpoint is kept.
+
+    As a context; in another thread than the main one, where Python takes no signals, it never does.
+    """
+
+    asked = False
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+
+    def __exit__(self, *error: object) -> None:
+        if hasattr(self, "before"):
+            signal.signal(signal.SIGTERM, self.before)

@@ -1,0 +1,241 @@
+"""The settings of a run, one row each: parsers, defaults, recipes, the report's command and the docs' table read this.
+
+A run remembers its settings in config.json. The value of a setting is what the command line gives, else what its recipe
+stands for, else what the run remembers, else the default of the run's world: the embedded one, or the user's own model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import os
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .commands import in_range
+
+STAGES = ("generate", "label", "reward", "finetune", "evaluate")  # in the order of the method
+TITLES = {
+    "generate": "stage 1, images",
+    "label": "stage 1, labels",
+    "reward": "stage 2, the reward model",
+    "finetune": "stage 3, fine-tuning",
+    "evaluate": "evaluation",
+    "hardware": "hardware",
+}
+NOISES = 100_000  # starting noises of a run for feedback, and as many for evaluation
+LAST_SEED = 20_000  # of a run: beyond, noise seeds would not fit the 32 bits that a CPU generator uses of them
+CLIP_OF_PAPER = "openai/clip-vit-large-patch14"  # Lee et al. 2023, section 3.2
+PRECISIONS = ("float32", "bfloat16", "float16")
+switch = bool  # the kind of a setting that is on or off
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table.
+
+    stages: the stages that use it; the first also decides in which group of --help it stands. kind: what makes a value
+    of the flag's text, a tuple of accepted words, or `switch`. source: the value names a file, a folder or a hub id, of
+    which the content counts and not the name. free: a run may continue with another value, since it changes rounding,
+    memory or what is kept, but not what is computed.
+    """
+
+    name: str
+    stages: tuple[str, ...]
+    embedded: Any
+    own: Any
+    kind: Callable[[str], Any] | tuple[str, ...]
+    about: str
+    source: bool = False
+    free: bool = False
+    group: str = ""
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    def default(self, embedded: bool) -> Any:
+        return self.embedded if embedded else self.own
+
+    @property
+    def help(self) -> str:
+        """The line of --help: what it is, with the defaults that are not None."""
+        embedded, own = (_shown(value) for value in (self.embedded, self.own))
+        if self.embedded == self.own:
+            told = f" (default: {own})" if self.own is not None else ""
+        else:
+            told = f" (default: {embedded}; with --model: {own})"
+        return (self.about + told).replace("%", "%%")
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+DRAWING, TUNING = ("generate", "evaluate"), ("finetune",)
+positive, whole, fraction = in_range(float, 1e-6), in_range(int, 1), in_range(float, 0, 1)
+SETTINGS = tuple(
+    Setting(*row[:6], **(row[6] if len(row) > 6 else {}))
+    for row in (
+        # ------------------------------------------------------------------------------------------ of several stages
+        ("model", ("generate", "finetune", "evaluate"), None, None, str,
+         "folder, hub id or .safetensors file of the text-to-image model (default: the run's, else the embedded one)",
+         {"source": True}),
+        ("variant", ("generate", "finetune", "evaluate"), None, None, str, "variant of the model's files: fp16 ..."),
+        ("vae", ("generate", "finetune", "evaluate"), None, None, str,
+         "folder or .safetensors file of an autoencoder in place of the model's", {"source": True}),
+        ("seed", STAGES, 0, 0, in_range(int, 0, LAST_SEED), "random seed of every stage"),
+        ("sampling_steps", DRAWING, 10, 30, in_range(int, 1, 1000), "steps of the DDIM sampler"),
+        ("guidance", DRAWING, 3.0, 7.5, in_range(float, 0), "scale of classifier-free guidance"),
+        ("sampling_dtype", DRAWING, "float32", "float32", PRECISIONS, "precision of the networks while sampling"),
+        # ------------------------------------------------------------------------------------- generate: whose images
+        ("prompts", ("generate",), "categories", None, str,
+         "file of prompts: a prompt a line, or .csv, .tsv or .jsonl with a column prompt; or categories, the prompts "
+         "of the model's grammar that get feedback", {"source": True}),
+        ("images", ("generate",), 2560, None, in_range(int, 1, NOISES),
+         "images in all, spread evenly over the categories and their prompts"),
+        ("images_per_prompt", ("generate",), None, 3, in_range(int, 1, NOISES), "images of each prompt"),
+        # ----------------------------------------------------------------------------------------- label: whose labels
+        ("labels", ("label",), 1280, None, whole, "images that the simulated annotator labels (embedded model only)"),
+        # ------------------------------------------------------------------------------------------------------ reward
+        ("clip", ("reward", "evaluate"), None, CLIP_OF_PAPER, str,
+         "CLIP model of the features, folder or hub id", {"source": True}),
+        ("lambda", ("reward",), 0.5, 0.5, in_range(float, 0), "weight of the auxiliary loss; 0.5 in the paper"),
+        ("temperature", ("reward",), 0.5, 2.0, positive, "T of the auxiliary loss; 2 in the paper"),
+        ("hidden", ("reward",), 512, 1024, whole, "width of the reward model's hidden layers; 1024 in the paper"),
+        ("reward_steps", ("reward",), 1000, 1000, whole, "largest number of training steps of the reward model"),
+        ("reward_batch_size", ("reward",), 64, 64, in_range(int, 2), "labelled images in a training step of it"),
+        ("reward_learning_rate", ("reward",), 3e-4, 3e-4, fraction, "learning rate of it, AdamW"),
+        ("balanced", ("reward",), False, False, switch, "sample good and bad images equally often"),
+        ("soft", ("reward",), False, False, switch, "learn the mean of an image's labels in place of their majority"),
+        # ---------------------------------------------------------------------------------------------------- finetune
+        ("pretrain", TUNING, None, None, str,
+         "pre-training pairs: folder with metadata.jsonl or captions in .txt files, or tar shards (a glob)",
+         {"source": True}),
+        ("pretrain_images", TUNING, 512, None, whole, "drawings that the embedded world gives as pre-training pairs"),
+        ("steps", TUNING, 400, 2000, whole, "fine-tuning steps"),
+        ("beta", TUNING, 0.03, 1.0, in_range(float, 0), "weight of the pre-training term"),
+        ("batch_size", TUNING, 64, 8, in_range(int, 2), "images in a fine-tuning step"),
+        ("pretrain_fraction", TUNING, 0.125, 0.125, fraction, "fraction of these that are pre-training pairs"),
+        ("learning_rate", TUNING, 1e-3, 1e-5, fraction, "peak learning rate, AdamW"),
+        ("lr_schedule", TUNING, "cosine", "cosine", ("constant", "linear", "cosine"), "of the rate after warm-up"),
+        ("warmup", TUNING, 20, 20, in_range(int, 0), "steps in which the learning rate rises"),
+        ("weighting", TUNING, "reward", "reward", ("reward", "threshold", "exponential"),
+         "weight of a model image: its reward r (the paper); 1 where r > tau, else 0; exp((r - 1) / tau)"),
+        ("tau", TUNING, None, None, positive, "tau of the weighting; threshold has 0.5, exponential 0.2 unless given"),
+        ("clip_norm", TUNING, 1.0, 1.0, positive, "largest norm of the gradient"),
+        ("ema", TUNING, 0.0, 0.0, in_range(float, 0, 0.999999), "decay of a moving average of the weights; 0: none"),
+        ("prompt_dropout", TUNING, 0.1, 0.1, fraction, "fraction of the prompts that is left out, for guidance"),
+        ("min_snr", TUNING, 0.0, 0.0, in_range(float, 0), "gamma of the min-SNR weight of timesteps; 0: none"),
+        ("noise_offset", TUNING, 0.0, 0.0, fraction, "standard deviation of noise that a whole channel shares"),
+        ("lora", TUNING, 0, 0, in_range(int, 0), "rank of LoRA adapters to train in place of the UNet; 0: all weights"),
+        # ---------------------------------------------------------------------------------------------------- evaluate
+        ("test_images", ("evaluate",), 640, 64, in_range(int, 2, NOISES), "images of each model that are judged"),
+        ("test_images_per_prompt", ("evaluate",), None, None, in_range(int, 1, 1000),
+         "of these, images of each prompt (default: spread evenly over the prompts)"),
+        # ---------------------------------------------------------------------------------------------------- hardware
+        ("dtype", TUNING, "float32", "float32", PRECISIONS, "precision of fine-tuning", {"group": "hardware"}),
+        *(
+            (*row, {"free": True, "group": "hardware"})
+            for row in (
+                ("draw_batch", ("generate", "finetune", "evaluate"), 64, 4, whole,
+                 "images that are sampled, encoded or judged at once"),
+                ("accumulate", TUNING, 1, 1, whole, "micro-batches that a step is computed in, to save memory"),
+                ("gradient_checkpointing", TUNING, False, False, switch, "compute activations twice, to save memory"),
+                ("compile", TUNING, False, False, switch, "compile the UNet by torch.compile"),
+                ("parallel", TUNING, "ddp", "ddp", ("ddp", "fsdp"), "under torchrun: copies (ddp) or shards (fsdp)"),
+                ("checkpoint_every", TUNING, 100, 100, whole, "steps between checkpoints"),
+                ("keep", TUNING, 2, 2, whole, "checkpoints that are kept"),
+                ("validate_every", TUNING, 0, 0, in_range(int, 0), "steps between grids of sampled images; 0: none"),
+            )
+        ),
+    )
+)  # fmt: skip
+BY_NAME = {setting.name: setting for setting in SETTINGS}
+RECIPES: dict[str, dict[str, Any]] = {
+    # Lee et al. 2023, sections 3.2, 4.1 and appendix D. Beta and the learning rate are not given there: 1 and 1e-5 are
+    # ours; gradient clipping, prompt dropout and the sampler stay ours too.
+    "paper": {
+        "steps": 10_000,
+        "beta": 1.0,
+        "batch_size": 512,
+        "pretrain_fraction": 0.5,  # half of each step are pre-training pairs
+        "learning_rate": 1e-5,
+        "lr_schedule": "constant",
+        "warmup": 0,
+        "guidance": 7.5,
+        "hidden": 1024,
+        "temperature": 2.0,
+        "dtype": "bfloat16",
+    }
+}
+
+
+def of_stage(*stages: str) -> list[Setting]:
+    """The settings that any of the stages uses, in the table's order."""
+    return [setting for setting in SETTINGS if set(setting.stages) & set(stages)]
+
+
+def defaults(embedded: bool, *stages: str) -> dict[str, Any]:
+    """The default of every setting of the stages, of all of them unless named."""
+    return {setting.name: setting.default(embedded) for setting in of_stage(*(stages or STAGES))}
+
+
+def add_flags(parser: argparse.ArgumentParser, *stages: str, without: Iterable[str] = ()) -> None:
+    """Add the flags of the stages' settings to a parser, in groups; what is not given is None."""
+    groups: dict[str, Any] = {}
+    for setting in of_stage(*stages):
+        if setting.name in without:
+            continue
+        stage = next(stage for stage in setting.stages if stage in stages)
+        title = TITLES[setting.group or stage]
+        group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
+        if setting.kind is switch:
+            group.add_argument(setting.flag, action=argparse.BooleanOptionalAction, default=None, help=setting.help)
+        elif isinstance(setting.kind, tuple):
+            group.add_argument(setting.flag, choices=setting.kind, help=setting.help)
+        else:
+            metavar = setting.name.upper().split("_")[-1]
+            group.add_argument(setting.flag, type=setting.kind, metavar=metavar, help=setting.help)
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that every command on a run has."""
+    parser.add_argument("--redo", action="store_true", help="do what is out of date again, and what follows from it")
+    devices = "cpu, cuda, cuda:1, mps ... (default: cuda where there is one, else cpu)"
+    parser.add_argument("--device", default="auto", help=devices)
+
+
+def given(arguments: argparse.Namespace, *stages: str) -> dict[str, Any]:
+    """The settings of the stages, of all unless named, that a command line gives.
+
+    Files are named by absolute paths, for another command elsewhere.
+    """
+    names = {setting.name for setting in of_stage(*(stages or STAGES))}
+    found = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
+    for name, value in found.items():
+        names_files = BY_NAME[name].source and value != "categories"
+        if names_files and (os.path.exists(value) or glob.glob(str(value))):
+            found[name] = os.path.abspath(value)
+    return found
+
+
+def command(settings: Mapping[str, Any], embedded: bool, folder: Any = None) -> list[str]:
+    """The words of the command of the main job with these settings: flags alone that differ from the defaults."""
+    words = ["python", "-m", "minialign.finetune"] + ([str(folder)] if folder is not None else [])
+    for setting in SETTINGS:
+        value = settings.get(setting.name, setting.default(embedded))
+        if value == setting.default(embedded) or value is None:
+            continue
+        if setting.kind is switch:
+            words.append(setting.flag if value else f"--no-{setting.flag[2:]}")
+        else:
+            words += [setting.flag, str(value)]
+    return words
+
+
+def shown(words: Sequence[str]) -> str:
+    """The words of a command as a shell reads them."""
+    return shlex.join(words)
