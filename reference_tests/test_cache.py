@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +22,17 @@ from safetensors.torch import load_file, save_file
 from seeded import filled, image
 
 from minialign import Pipeline
-from minialign import cache as module
-from minialign.cache import KEY, Cache, encode_pairs, encode_texts
-from minialign.data import ImageFiles, Skipped, Unusable, image_pairs
+from minialign.data import ImageFiles, Skipped, Unusable, image_pairs, open_image
+from minialign.data import cache as module
+from minialign.data.cache import KEY, Cache, encode_pairs, encode_texts, features, pipeline_digest
+from minialign.data.pairs import READING
 from minialign.diffusion import NoiseSchedule
-from minialign.models.clip import ProjectedTextEncoder, TextEncoder
-from minialign.models.pretrained import InputError
+from minialign.files import InputError
+from minialign.models.clip import CLIP, ProjectedTextEncoder, TextEncoder
 from minialign.models.tokenizer import Tokenizer
 from minialign.models.unet import UNet
 from minialign.models.vae import VAE
-from minialign.pipeline import fit
+from minialign.pipeline import PREPROCESSING, fit
 
 TOKENIZER = Tokenizer.from_pretrained(GOLDENS / "tokenizer")
 TEXT = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "eos_token_id": 2}
@@ -227,6 +232,67 @@ def test_another_precision_or_file_is_encoded_anew(source, tmp_path, calls):
     torch.testing.assert_close(mean, pipe.encode_images([image(20, 20, "RGB")])[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="has no time of status change")
+def test_another_image_of_the_same_size_and_time_is_encoded_anew(pipe, tmp_path, calls):
+    for i, color in enumerate(("red", "blue")):  # as cp -p, rsync -t and tar leave it
+        Image.new("RGB", (20, 20), color).save(tmp_path / "new.bmp")
+        os.utime(tmp_path / "new.bmp", ns=(0, 10**18))
+        time.sleep(0.02)  # a tick of the system's clock
+        os.replace(tmp_path / "new.bmp", tmp_path / "a.bmp")
+        entries = encode_pairs(pipe, image_pairs(ImageFiles([tmp_path / "a.bmp"]), ["a"]), tmp_path / "cache", batch=9)
+        assert (tmp_path / "a.bmp").stat().st_mtime_ns == 10**18 and calls == [1] * (i + 1)
+    mean = Cache(tmp_path / "cache").rows("mean", entries.keys)[torch.tensor([0])]
+    assert torch.equal(mean, pipe.encode_images([Image.new("RGB", (20, 20), "blue")])[0])
+
+
+VERSIONS = {  # -> what fixed images become; who changes the one changes the other
+    "1: upright, on white, 8 bits a channel": "7a0efc643ebbd0dc",
+    "1: the shorter side by Lanczos, then the centre": "9deabd144b27dce7",
+}
+
+
+def test_the_versions_of_reading_and_preprocessing_stand_for_what_they_do(pipe, monkeypatch):
+    digest = hashlib.sha256()
+    picture, exif = image(37, 23, "RGBA"), Image.Exif()
+    exif[0x0112] = 6
+    sixteen = Image.fromarray(np.arange(40, dtype=np.uint16).reshape(5, 8) * 1638)
+    for shown, how in ((picture, {"exif": exif}), (sixteen, {}), (image(9, 8, "P"), {"transparency": 3})):
+        shown.save(stream := io.BytesIO(), "PNG", **how)
+        digest.update(open_image(stream.getvalue()).tobytes())
+    found = digest.hexdigest()[:16]
+    assert VERSIONS.get(READING) == found, "another READING is needed in data/pairs.py, and its line here"
+    latents = []
+    # in place of the network: numbers that show each pixel exactly
+    monkeypatch.setattr(pipe.vae, "encode", lambda pixels: (pixels, pixels.round()))
+    for width, height in ((37, 23), (16, 16), (8, 40)):
+        for moment in pipe.encode_images([image(width, height, "RGB")]):
+            latents.append((moment * 2**12).round().int().numpy().tobytes())
+    found = hashlib.sha256(b"".join(latents)).hexdigest()[:16]
+    assert VERSIONS.get(PREPROCESSING) == found, "another PREPROCESSING is needed in pipeline.py, and its line here"
+
+
+def test_one_caption_of_a_list_by_the_seed(pipe, source, tmp_path, calls, capsys):
+    rows = [{"file_name": f"{i:03d}.png", "text": [f"{i} {word}" for word in ("a", "b", "c")]} for i in range(30)]
+    (source / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = [encode_pairs(pipe, str(source), tmp_path / "cache", batch=30, seed=seed).captions for seed in (1, 1, 2)]
+    assert found[0] == found[1] != found[2] and calls == [30]
+    assert {caption.split()[1] for caption in found[0]} == {"a", "b", "c"}
+
+
+def test_it_is_said_how_many_pairs_are_read(pipe, source, tmp_path, capsys):
+    (source / "004.png").write_text("no image")
+    for part, said in (((1, 2), ""), ((0, 2), "29 pairs are read, 1 left out, each named in ")):
+        log = Skipped(tmp_path / "log.jsonl", part)
+        entries = encode_pairs(pipe, str(source), tmp_path / "cache", batch=99, part=part, skipped=log)
+        capsys.readouterr()
+        if not part[0]:
+            entries.kept(Cache(tmp_path / "cache"))
+            assert capsys.readouterr().out == f"{source}: {said}{tmp_path}/log*.jsonl\n"
+    (source / "004.png").unlink(), (source / "004.txt").unlink()
+    encode_pairs(pipe, str(source), tmp_path / "cache", batch=99).kept(Cache(tmp_path / "cache"))
+    assert capsys.readouterr().out == f"{source}: 29 pairs are read, 0 left out\n"
+
+
 def test_the_hash_of_weights_knows_no_layout_or_device(pipe):
     other = small_pipeline()
     for p in other.vae.parameters():
@@ -324,7 +390,7 @@ def test_the_log_of_a_source_is_in_the_cache_unless_given(pipe, source, tmp_path
     entries = encode_pairs(pipe, str(source), tmp_path / "cache", batch=8)
     assert len(entries.kept(Cache(tmp_path / "cache")).names) == 29
     row = json.loads((tmp_path / "cache" / "skipped.jsonl").read_text())
-    assert row == {"name": str(source / "004.png"), "why": "not an image"}
+    assert row["name"] == str(source / "004.png") and row["why"].startswith("not an image")
     (source / "004.png").unlink()
     image(20, 20, "RGB").save(source / "004.png")  # mended
     entries = encode_pairs(pipe, str(source), tmp_path / "cache", batch=8)
@@ -440,25 +506,137 @@ def test_numbers_that_float16_cannot_hold_are_refused(pipe, tmp_path, monkeypatc
 READ = """
 import sys, torch
 from pathlib import Path
-from minialign.cache import Cache
+from minialign.data.cache import Cache
 torch.set_num_threads(1)
 
-def resident():
-    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0])
+def resident():  # of memory that is the process's own; mapped files are the system's cache
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
 
+first = resident()
 cache = Cache(Path(sys.argv[1]))
 rows = cache.rows("value", cache._keys)
-rows[torch.arange(64)]
-before = resident()
-for _ in range(40):
+for i in range(60):
     rows[torch.randint(len(rows), (64,))]
-print(resident() - before)
+    if i == 19:  # the allocator has its arenas
+        before = resident()
+print(resident() - before, resident() - first)
 """
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
-def test_resident_memory_stays_flat_while_rows_are_read(tmp_path):
-    with module._Writer(tmp_path, torch.float32) as writer:  # 64 MB, all of which would be mapped in
+def test_memory_of_its_own_stays_flat_while_rows_are_read(tmp_path):
+    with module._Writer(tmp_path, torch.float32) as writer:  # 64 MB
         writer.add([i.to_bytes(16, "big") for i in range(1024)], value=torch.zeros(1024, 2**14))
     done = subprocess.run([sys.executable, "-c", READ, tmp_path], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 8 * 1024  # kB
+    growth, whole = map(int, done.stdout.split())
+    assert growth < 8 * 1024 and whole < 40 * 1024  # kB
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    resource = pytest.importorskip("resource")
+    for i in range(100):
+        with module._Writer(tmp_path, torch.float32) as writer:
+            writer.add([i.to_bytes(16, "big")], value=torch.ones(1, 1))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 20, limits[1]))
+    try:
+        cache = Cache(tmp_path)
+        assert cache.rows("value", cache._keys)[torch.arange(100)].sum() == 100
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+# ------------------------------------------------------------------------------------------------------ CLIP's features
+@pytest.fixture(scope="module")
+def clip() -> CLIP:
+    return CLIP.from_pretrained()
+
+
+def test_features_are_of_all_that_decides_them(clip, source, tmp_path, monkeypatch):
+    paths, texts, calls = sorted(source.glob("*.png"))[:3], ["a red circle", "two blue stars"], []
+    for name in ("encode_image", "encode_text"):
+        method = getattr(CLIP, name)
+        monkeypatch.setattr(CLIP, name, lambda self, x, method=method: calls.append(len(x)) or method(self, x))
+
+    def weight(name: str, of: CLIP) -> None:
+        with torch.no_grad():
+            dict(of.named_parameters())[name].view(-1)[0] += 1e-3
+
+    changes = {
+        "nothing": lambda other: None,
+        "the image tower": partial(weight, "vision_model.post_layernorm.bias"),
+        "the text tower": partial(weight, "text_model.final_layer_norm.bias"),
+        "a projection": partial(weight, "visual_projection.weight"),
+        "preprocessing": lambda other: other.preprocessing.update(image_mean=[0.4, 0.5, 0.6]),
+        "the tokenizer": lambda other: setattr(
+            other, "tokenizer", Tokenizer(other.tokenizer.vocab, other.tokenizer.merges[1:], other.tokenizer.config)
+        ),
+    }
+    for what, change in changes.items():
+        path = tmp_path / f"{what}.safetensors"
+        features(path, clip, paths, texts)
+        other = CLIP.from_pretrained()
+        change(other)
+        calls.clear()
+        found = features(path, other, paths, texts)
+        assert calls == ([] if what == "nothing" else [3, 2]), what
+        fresh = features(tmp_path / "fresh.safetensors", other, paths, texts)
+        (tmp_path / "fresh.safetensors").unlink()
+        assert all(torch.equal(a, b) for a, b in zip(found, fresh)), what
+
+
+def test_files_are_embedded_as_the_reader_sees_them_one_at_a_time(clip, tmp_path, monkeypatch):
+    exif, clear = Image.Exif(), image(40, 60, "RGBA")
+    exif[0x0112] = 6
+    image(60, 40, "RGB").save(tmp_path / "0.png", exif=exif)
+    clear.save(tmp_path / "1.png")
+    white = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
+    shown = [image(60, 40, "RGB").transpose(Image.Transpose.ROTATE_270), white]
+    open_now, preprocess = [], clip.preprocess
+    monkeypatch.setattr(clip, "preprocess", lambda images: open_now.append(len(images)) or preprocess(images))
+    paths = [tmp_path / "0.png", tmp_path / "1.png"]
+    found, _ = features(tmp_path / "f.safetensors", clip, paths, [])
+    assert open_now == [1, 1]
+    with torch.no_grad():
+        torch.testing.assert_close(found, clip.encode_image(preprocess(shown)), rtol=1e-4, atol=1e-5)
+    for name, why in {"lost": "the image is missing", "pipe": "the image is missing .not a", "text": "not an"}.items():
+        if name == "pipe":
+            os.mkfifo(tmp_path / name)
+        elif name == "text":
+            (tmp_path / name).write_text("no image")
+        with pytest.raises(InputError, match=f"{name}: {why}"):
+            features(tmp_path / "f.safetensors", clip, [*paths, tmp_path / name], [])
+
+
+# ------------------------------------------------------------------------------------------- what stands for a model
+DECIDES = {  # what is changed -> whether images are others
+    "the UNet": (lambda pipe: changed_weight(pipe, "unet", "conv_in.bias"), True),
+    "the decoder": (lambda pipe: changed_weight(pipe, "vae", "decoder.conv_out.bias"), True),
+    "the first convolution": (lambda pipe: changed_weight(pipe, "vae", "post_quant_conv.weight"), True),
+    "the encoder": (lambda pipe: changed_weight(pipe, "vae", "encoder.conv_out.bias"), True),  # of its latents
+    "the factor": (lambda pipe: pipe.vae.config.update(scaling_factor=0.5), True),
+    "the text tower": (lambda pipe: changed_weight(pipe, "text_encoder", "text_model.final_layer_norm.bias"), True),
+    "the second": (lambda pipe: changed_weight(pipe, "text_encoder_2", "text_projection.weight"), True),
+    "the tokenizer": (other_vocabulary, True),
+    "the schedule": (lambda pipe: pipe.schedule.config.update(prediction_type="v_prediction"), True),
+    "no prompt": (lambda pipe: setattr(pipe, "zero_unconditional", False), True),
+    "the size": (lambda pipe: pipe.unet.config.update(sample_size=6), True),
+    "a note": (lambda pipe: pipe.unet.config.update(_name_or_path="elsewhere"), False),
+    "the card": (lambda pipe: setattr(pipe, "card", "about"), False),
+}
+
+
+@pytest.mark.parametrize("what", DECIDES)
+def test_what_stands_for_a_model(what):
+    pipe = small_pipeline(xl=True)
+    before, (change, others) = pipeline_digest(pipe), DECIDES[what]
+    assert len(before) == 64 and pipeline_digest(small_pipeline(xl=True)) == before
+    change(pipe)
+    assert (pipeline_digest(pipe) != before) == others
+
+
+def test_what_stands_for_a_model_knows_no_folder_nor_type(tmp_path):
+    pipe = Pipeline.from_pretrained()  # whose files are of float16
+    pipe.save_pretrained(tmp_path)
+    others = [Pipeline.from_pretrained(tmp_path), Pipeline.from_pretrained(dtype=torch.float16)]
+    assert {pipeline_digest(other) for other in others} == {pipeline_digest(pipe)}

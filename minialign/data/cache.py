@@ -1,4 +1,4 @@
-"""What the frozen networks say of images and prompts, computed once and kept on disk, shared by processes and runs.
+"""Outputs of the frozen networks for images and prompts, computed once, kept on disk, shared by processes and runs.
 
 Fine-tuning (Lee et al. 2023, section 3.3) trains the UNet alone, so that the moments of an image's latents and the
 context of a prompt never change. They are kept in a folder of safetensors shards that are mapped into memory. The key
@@ -15,10 +15,8 @@ of an entry is a digest of all that it depends on: the network's weights, the pr
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
-import mmap
 import os
 import sys
 import time
@@ -27,7 +25,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,37 +32,36 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .data import Pair, Skipped, Unusable, read_pairs
-from .models.pretrained import MALFORMED, InputError, first_line
-from .models.tokenizer import Tokenizer
-from .pipeline import Pipeline, fit
-from .training import progress, write_tensors
+from ..engine.optimising import progress
+from ..files import MALFORMED, InputError, checksum, first_line, read_weights, write_tensors
+from ..models.clip import CLIP
+from ..models.tokenizer import Tokenizer
+from ..pipeline import PREPROCESSING, Pipeline, fit
+from .pairs import READING, Pair, Skipped, Unusable, open_image, read_pairs, regular
 
 KEY = np.dtype("S16")  # keys are arrays of this: 16 bytes, compared as bytes
-DTYPES = {"F32": np.float32, "F16": np.float16}  # safetensors' names
-PREPROCESSING = "1: the shorter side by Lanczos, then the centre"  # of `Pipeline.encode_images`; part of the key
 SHARD_BYTES = 2**28  # of entries, after which a shard is written
 SHARD_SECONDS = 120  # or after so long: what a killed process has to do again
+BATCH = 128  # images and prompts that CLIP embeds at once
 
 
 class Rows:
-    """Rows of mapped shards that read like a float32 tensor along its first axis: rows[LongTensor] -> Tensor.
+    """Rows of shards that read like a float32 tensor along its first axis: rows[LongTensor] -> Tensor.
 
-    Nothing is read before it is asked for, and nothing of it stays in the process: the pages of a batch are announced
-    to the system all together (it reads them in parallel), copied, and let go.
+    Nothing is read before it is asked for: shards are mapped into memory, whose pages are the system's cache, are
+    shared by all processes, and are let go of when memory is short. What is returned is a copy.
     """
 
     def __init__(self, shards: Sequence[_Shard], name: str, shard: np.ndarray, row: np.ndarray):
-        self._used = {i: shards[i] for i in np.unique(shard).tolist()}
-        self._arrays = {i: used.tensors[name] for i, used in self._used.items()}
+        self._tensors = {i: shards[i].tensors[name] for i in np.unique(shard).tolist()}
         self._shard, self._row = shard, row
-        kinds = {(array.shape[1:], array.dtype) for array in self._arrays.values()}
+        kinds = {(tensor.shape[1:], tensor.dtype) for tensor in self._tensors.values()}
         if len(kinds) > 1:
             raise ValueError(f"{name}: the entries are of several shapes or types: {kinds}")
-        shape, dtype = kinds.pop() if kinds else ((), np.dtype(np.float32))
-        self.shape, self._dtype = torch.Size((len(shard), *shape)), dtype
+        self.shape = torch.Size((len(shard), *next((shape for shape, _ in kinds), ())))
 
     def __len__(self) -> int:
         return len(self._shard)
@@ -74,60 +70,30 @@ class Rows:
         if index.dtype != torch.int64:
             raise TypeError(f"rows are asked for by an int64 tensor, not by {index.dtype}")
         flat = index.cpu().numpy().reshape(-1)
-        shards = self._shard[flat].tolist()
-        rows = [self._arrays[shard][row] for shard, row in zip(shards, self._row[flat].tolist())]
-        found = np.empty((len(rows), *self.shape[1:]), self._dtype)
-        for row in rows:
-            _advise(row.ctypes.data, row.nbytes, mmap.MADV_WILLNEED)
-        for i, row in enumerate(rows):
-            found[i] = row
-        for shard in set(shards):  # the file's pages stay in the system's cache
-            self._used[shard].advise(mmap.MADV_DONTNEED)
-        return torch.from_numpy(found).float().view(*index.shape, *self.shape[1:])
-
-
-_madvise = ctypes.CDLL(None).madvise
-_madvise.argtypes = (ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int)
-
-
-def _advise(address: int, size: int, advice: int) -> None:
-    """Tell the system what becomes of mapped pages."""
-    begin = address // mmap.PAGESIZE * mmap.PAGESIZE
-    _madvise(begin, address + size - begin, advice)
+        places = zip(self._shard[flat].tolist(), self._row[flat].tolist())
+        rows = [self._tensors[shard][row] for shard, row in places]
+        found = torch.stack(rows).float() if rows else torch.empty(0)
+        return found.view(*index.shape, *self.shape[1:])
 
 
 class _Shard:
-    """A mapped shard: its keys (n,), and the rows (n,...) of each tensor. Raises some of MALFORMED where damaged.
+    """A mapped shard: its keys (n,), and the rows (n,...) of each tensor. Raises SafetensorError or some of MALFORMED
+    where it is damaged.
 
     The header, the sizes and the keys are checked. The entries are not read, which would take as long as all of them.
     """
 
     def __init__(self, path: Path):
-        with open(path, "rb") as file:
-            total = os.fstat(file.fileno()).st_size
-            begin = 8 + int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(begin, total) - 8))
-            metadata = header.pop("__metadata__")
-            end = begin + max(entry["data_offsets"][1] for entry in header.values())
-            if end != total:
-                raise ValueError(f"{total} bytes in place of {end}")
-            first, last = header.pop("keys")["data_offsets"]
-            file.seek(begin + first)
-            data = file.read(last - first)
-        if f"{zlib.crc32(data):08x}" != metadata["keys_crc32"]:
+        with safe_open(path, "pt") as file:  # which keeps no file descriptor
+            self.tensors = {name: file.get_tensor(name) for name in file.keys()}
+            checksum_of_keys = file.metadata()["keys_crc32"]
+        data = self.tensors.pop("keys").numpy().tobytes()
+        if f"{zlib.crc32(data):08x}" != checksum_of_keys:
             raise ValueError("the checksum is not that of its keys")
         self.keys = np.frombuffer(data, KEY)
-        # not by mmap.mmap, which keeps a file descriptor open for each shard
-        mapped = torch.from_file(str(path), shared=False, size=total, dtype=torch.uint8).numpy()
-        self.advise = partial(_advise, mapped.ctypes.data, total)
-        self.advise(mmap.MADV_RANDOM)  # no reading ahead: rows are announced
-        self.tensors: dict[str, np.ndarray] = {}
-        for name, entry in header.items():
-            first, last = entry["data_offsets"]
-            array = mapped[begin + first : begin + last].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-            if len(array) != len(self.keys):
-                raise ValueError(f"{len(array)} rows of {name} for {len(self.keys)} keys")
-            self.tensors[name] = array
+        for name, tensor in self.tensors.items():
+            if len(tensor) != len(self.keys):
+                raise ValueError(f"{len(tensor)} rows of {name} for {len(self.keys)} keys")
 
 
 class Cache:
@@ -144,7 +110,7 @@ class Cache:
                 self._shards.append(_Shard(path))
             except (OSError, RuntimeError) as error:  # RuntimeError: torch's, of what cannot be mapped
                 raise InputError(f"{path}: cannot be read ({first_line(error)})") from error
-            except MALFORMED as error:
+            except (SafetensorError, *MALFORMED) as error:
                 print(
                     f"warning: {path} is damaged ({first_line(error)}); set aside as {path.name}.bad", file=sys.stderr
                 )
@@ -204,6 +170,11 @@ class Entries:
         missing = int((~found).sum())
         if self.skipped is not None:
             self.skipped.check(len(found), missing)
+            left_out = self.skipped.listed + missing
+            if self.skipped.part[0] == 0:
+                named = f", each named in {self.skipped.logs}" if left_out else ""
+                counts = f"{len(found) - missing:,} pairs are read, {left_out:,} left out"
+                print(f"{self.skipped.source}: {counts}{named}", flush=True)
         elif missing:
             raise InputError(f"{cache.folder}: {missing} of {len(found)} entries are missing; run again")
         kept = np.flatnonzero(found).tolist()
@@ -219,13 +190,14 @@ def encode_pairs(
     dtype: torch.dtype = torch.float32,
     part: tuple[int, int] = (0, 1),
     skipped: Skipped | None = None,
+    seed: int = 0,
 ) -> Entries:
     """Encode those images that are not in the cache yet, `batch` at a time; the entries of all of them.
 
-    pairs: a source (see `read_pairs`) or pairs at hand. Of several processes, part = (its number, how many), each
-    encodes every so manyth image. dtype: float32 or float16, as what is kept. An image that cannot be read goes to
-    `skipped` (of a source: skipped.jsonl in the folder, unless given) and is tried again by the next run; without
-    `skipped` it raises Unusable.
+    pairs: a source (see `read_pairs`, also for `seed`) or pairs at hand. Of several processes, part = (its number, how
+    many), each encodes every so manyth image. dtype: float32 or float16, as what is kept. An image that cannot be read
+    goes to `skipped` (of a source: skipped.jsonl in the folder, unless given) and is tried again by the next run;
+    without `skipped` it raises Unusable.
     """
     if isinstance(pairs, str) and skipped is None:
         skipped = Skipped(folder / "skipped.jsonl", part)
@@ -234,7 +206,7 @@ def encode_pairs(
         if not isinstance(pairs, str):
             return pairs
         assert skipped is not None
-        return read_pairs(pairs, skipped)
+        return read_pairs(pairs, skipped, seed)
 
     key = _image_keys(pipe, dtype)
     keys, names, captions = bytearray(), [], []
@@ -353,18 +325,97 @@ class _Writer:
             self.write()
 
 
+# ----------------------------------------------------------------------------------------------------- CLIP's features
+def features(path: Path, clip: CLIP, images: Sequence[Path], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """CLIP embeddings (I,E) of image files and (P,E) of texts, on the CPU; what the file `path` holds is kept.
+
+    The file holds a SHA-256 of each row's image or text, and one of CLIP (`clip_digest`): an image that has changed is
+    embedded again, and with another CLIP everything is. Images are opened one at a time; a killed process loses a
+    minute's work at most. Unusable names an image that cannot be read.
+    """
+    made_by = clip_digest(clip)
+    known: dict[bytes, Tensor] = {}
+    with suppress(InputError, KeyError):  # of a damaged file nothing is taken
+        saved = read_weights(path) if path.exists() else {"clip": torch.empty(0)}
+        if saved["clip"].numpy().tobytes() == made_by:
+            known = dict(zip((key.tobytes() for key in saved["keys"].numpy()), saved["features"]))
+
+    def save() -> None:
+        keys = torch.tensor([list(key) for key in known], dtype=torch.uint8)
+        clip_key = torch.tensor(list(made_by), dtype=torch.uint8)
+        write_tensors(path, {"clip": clip_key, "keys": keys, "features": torch.stack(list(known.values()))})
+
+    def embed(keys: list[bytes], items: Sequence[Any], what: str, call: Callable[[Any], Tensor]) -> Tensor:
+        missing = {key: item for key, item in zip(keys, items) if key not in known}
+        last = time.monotonic()
+        for start in progress(range(0, len(missing), BATCH), f"CLIP, {what}") if missing else ():
+            part = dict(islice(missing.items(), start, start + BATCH))
+            known.update(zip(part, call(list(part.values())).float().cpu()))
+            if time.monotonic() - last > 60 or start + BATCH >= len(missing):
+                save()
+                last = time.monotonic()
+        return torch.stack([known[key] for key in keys]) if keys else torch.empty(0, clip.width)
+
+    device = clip.logit_scale.device
+    image_keys = [_content(image) for image in images]
+    text_keys = [hashlib.sha256(b"text\0" + text.encode()).digest() for text in texts]
+    with torch.no_grad():
+        return (
+            embed(image_keys, images, "images", lambda part: embed_files(clip, part)),
+            embed(text_keys, texts, "prompts", lambda part: clip.encode_text(clip.tokenizer(part).to(device))),
+        )
+
+
+@torch.no_grad()
+def embed_files(clip: CLIP, paths: Sequence[str | Path]) -> Tensor:
+    """CLIP embeddings (B,E) of image files, which are decoded one at a time. Unusable names one that cannot be read."""
+    pixels = torch.cat([clip.preprocess([open_image(path)]) for path in paths])
+    return clip.encode_image(pixels.to(clip.logit_scale.device))
+
+
+def _content(path: Path) -> bytes:
+    """The SHA-256 of a file's content."""
+    regular(path, str(path))
+    try:
+        return bytes.fromhex(checksum(path))
+    except OSError as error:
+        raise Unusable(str(path), f"the image cannot be read ({first_line(error)})") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------- keys
+def clip_digest(clip: CLIP) -> bytes:
+    """The SHA-256 of all that decides CLIP's features: weights, config, preprocessing of images, tokenizer."""
+    digest = hashlib.sha256(json.dumps([READING, clip.preprocessing], sort_keys=True).encode())
+    _add_network(digest, clip)
+    digest.update(_tokenizer(clip.tokenizer))
+    return digest.digest()
+
+
+def pipeline_digest(pipe: Pipeline) -> str:
+    """The SHA-256, in hexadecimal, of all that decides a pipeline's images and latents.
+
+    Of the weights of UNet, VAE and text encoders in float32, whatever the type they are loaded in, of their
+    configs, the tokenizers and the noise schedule. Another folder with the same files has the same digest.
+    """
+    digest = hashlib.sha256()
+    _add_network(digest, pipe.unet, dtype=torch.float32)
+    _add_network(digest, pipe.vae, dtype=torch.float32)
+    _add_text(digest, pipe, torch.float32)
+    schedule = {name: value for name, value in pipe.schedule.config.items() if not name.startswith("_")}
+    digest.update(json.dumps([schedule, pipe.zero_unconditional], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
 def _image_keys(pipe: Pipeline, dtype: torch.dtype) -> Callable[[str], bytes]:
     digest = hashlib.sha256()
     _add_network(digest, pipe.vae, ("decoder.", "post_quant_conv."))
-    return _keys(["image", digest.hexdigest(), PREPROCESSING, pipe.image_size, str(pipe.dtype), str(dtype)])
+    how = [READING, PREPROCESSING, pipe.image_size, str(pipe.dtype), str(dtype)]
+    return _keys(["image", digest.hexdigest(), *how])
 
 
 def _text_keys(pipe: Pipeline, dtype: torch.dtype) -> Callable[[str], bytes]:
     digest = hashlib.sha256()
-    for encoder, tokenizer in ((pipe.text_encoder, pipe.tokenizer), (pipe.text_encoder_2, pipe.tokenizer_2)):
-        if encoder is not None and tokenizer is not None:
-            _add_network(digest, encoder)
-            digest.update(_tokenizer(tokenizer))
+    _add_text(digest, pipe)
     xl = [pipe.image_size, pipe.unet.time_id_width, pipe.zero_unconditional] if pipe.text_encoder_2 is not None else []
     return _keys(["text", digest.hexdigest(), xl, str(pipe.dtype), str(dtype)])
 
@@ -381,14 +432,24 @@ def _keys(what: list[object]) -> Callable[[str], bytes]:
     return key
 
 
-def _add_network(digest: hashlib._Hash, network: Any, without: tuple[str, ...] = ()) -> None:
-    """All bytes of the weights, except of those whose names begin so, and the config, its notes left out."""
+def _add_text(digest: hashlib._Hash, pipe: Pipeline, dtype: torch.dtype | None = None) -> None:
+    for encoder, tokenizer in ((pipe.text_encoder, pipe.tokenizer), (pipe.text_encoder_2, pipe.tokenizer_2)):
+        if encoder is not None and tokenizer is not None:
+            _add_network(digest, encoder, dtype=dtype)
+            digest.update(_tokenizer(tokenizer))
+
+
+def _add_network(
+    digest: hashlib._Hash, network: Any, without: tuple[str, ...] = (), dtype: torch.dtype | None = None
+) -> None:
+    """All weights, as `dtype` if given, except of those whose names begin so, and the config, its notes left out."""
     config = {name: value for name, value in network.config.items() if not name.startswith("_")}
     digest.update(json.dumps(config, sort_keys=True).encode())
     for name, weight in sorted(network.state_dict().items()):
         if not name.startswith(without):
+            weight = weight.to("cpu", dtype).contiguous()
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(weight.flatten().view(torch.uint8).numpy())
 
 
 def _tokenizer(tokenizer: Tokenizer) -> bytes:
