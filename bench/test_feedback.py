@@ -9,7 +9,7 @@ import time
 from test_scaling import keep
 
 from minialign.feedback import FeedbackStore
-from minialign.label import Desk
+from minialign.label.book import LabelBook
 
 NUMBERS = "WITH RECURSIVE n (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i + 1 < {images})"
 # spread over the file as people's labels are, not in the images' order: 700,001 is prime to the numbers of images
@@ -47,7 +47,7 @@ def measure(folder, images):
     assert len(rows) == images and len(means) == 0.9 * images
     agreement, found = timed(store.agreement)
     assert found.images == images and found.labellers == 3
-    served, desk = timed(Desk, store)
+    served, desk = timed(LabelBook, store)
     first = [timed(desk.next, name)[0] for name in ("ann", "a new one")]
     following, saved = [], []
     for name in ("ann", "a new one") * 100:

@@ -1,24 +1,32 @@
 """The label store, and the label files that others bring."""
 
+import csv
 import json
 import os
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from minialign import feedback
 from minialign.feedback import (
+    SIMULATED,
     FeedbackStore,
-    cohen_kappa,
+    StoreError,
+    export_comparisons,
     export_labels,
-    fleiss_kappa,
+    import_into_run,
     import_labels,
     read_feedback,
+    read_labels,
+    read_prompts,
 )
-from minialign.models.pretrained import InputError
+from minialign.feedback.store import NewLabel
+from minialign.files import InputError
+from minialign.measures import fleiss_kappa
 
 
 def test_labels_are_kept_and_counted_by_majority(tmp_path):
@@ -40,67 +48,157 @@ def test_labels_are_kept_and_counted_by_majority(tmp_path):
     again.add_labels("bob", [(ids[2], "bad")])
     again.add_labels("cy", [(ids[2], "good")])  # one good, one bad and a skip: a tie
     assert ids[2] not in again.labels()
-    again.database.execute("PRAGMA user_version=99")
     again.close()
-    with pytest.raises(InputError, match="schema version 99; supported: up to 2"):
-        FeedbackStore(tmp_path)
 
 
-V1 = """
-CREATE TABLE prompts (id INTEGER PRIMARY KEY, text TEXT NOT NULL UNIQUE);
-CREATE TABLE images (
-    id INTEGER PRIMARY KEY, prompt INTEGER NOT NULL REFERENCES prompts, path TEXT NOT NULL, seed INTEGER,
-    UNIQUE (prompt, path)
-);
-CREATE TABLE labels (
-    image INTEGER NOT NULL REFERENCES images, labeller TEXT NOT NULL, verdict TEXT NOT NULL, time TEXT NOT NULL,
-    PRIMARY KEY (image, labeller)
-);
-INSERT INTO prompts VALUES (1, 'a cat'), (2, 'a dog');
-INSERT INTO images VALUES (1, 1, 'images/0.png', 7), (2, 1, '/else/1.png', NULL), (5, 2, 'images/0.png', 0);
-INSERT INTO labels VALUES (5, 'bob', 'bad', '2026-01-01T00:00:00.000Z'), (1, 'bob', 'good', '2026-01-02T00:00:00.000Z'),
-                          (1, 'ann', 'skip', '2026-01-03T00:00:00.000Z');
-PRAGMA user_version=1;
-"""
-
-
-def first_version(folder):
-    database = sqlite3.connect(folder / "feedback.sqlite")
-    database.executescript(V1)
-    tables = {name: database.execute(f"SELECT * FROM {name} ORDER BY 1, 2").fetchall() for name in TABLES}
-    database.close()
-    return tables
-
-
-TABLES = ("prompts", "images", "labels")
-
-
-def test_a_store_of_the_first_version_is_taken_over_whole(tmp_path):
-    before = first_version(tmp_path)
+def test_threads_that_open_a_new_store_at_once_make_one(tmp_path):
     with ThreadPoolExecutor(4) as pool:  # whoever is first
         for store in pool.map(lambda _: FeedbackStore(tmp_path), range(4)):
-            assert store.database.execute("PRAGMA user_version").fetchone() == (2,)
-            after = {name: store.database.execute(f"SELECT * FROM {name} ORDER BY 1, 2").fetchall() for name in TABLES}
-            assert after == before | {"images": [(*row, None, None) for row in before["images"]]}
-            assert store.images()[1] == (2, "a cat", "/else/1.png", None)
-            assert store.labels() == {1: 1.0, 5: 0.0}
-            assert store.database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            assert store.query("PRAGMA user_version") == [(3,)] and store.images() == []
             store.close()
 
 
-@pytest.mark.parametrize("step", range(8))
-def test_a_takeover_that_fails_leaves_the_old_store(tmp_path, monkeypatch, step):
-    before = first_version(tmp_path)
-    broken = (*feedback.MIGRATIONS[1][:step], "no SQL", *feedback.MIGRATIONS[1][step:])
-    with monkeypatch.context() as change:
-        change.setattr(feedback, "MIGRATIONS", (feedback.MIGRATIONS[0], broken))
-        with pytest.raises(InputError, match="cannot be used"):
-            FeedbackStore(tmp_path)
-    database = sqlite3.connect(tmp_path / "feedback.sqlite")
-    assert database.execute("PRAGMA user_version").fetchone() == (1,)
-    assert {name: database.execute(f"SELECT * FROM {name} ORDER BY 1, 2").fetchall() for name in TABLES} == before
-    database.close()
+def altered(tmp_path, *statements):
     FeedbackStore(tmp_path).close()
+    with closing(sqlite3.connect(tmp_path / "feedback.sqlite", isolation_level=None)) as database:
+        for statement in statements:
+            database.execute(statement)
+
+
+@pytest.mark.parametrize(
+    ("statements", "message"),
+    [
+        (["PRAGMA user_version=2"], "schema version 2; accepted: 3"),
+        (["PRAGMA user_version=0"], "schema version 0; accepted: 3"),
+        (["CREATE TRIGGER t BEFORE INSERT ON labels BEGIN SELECT RAISE(IGNORE); END"], "holds 'trigger t'"),
+        (["CREATE VIEW v AS SELECT * FROM labels"], "holds 'view v'"),
+        (["DROP TABLE labels", "CREATE VIEW labels AS SELECT 1 AS image, 'a' AS labeller"], "holds 'view labels'"),
+        (["DROP TABLE comparisons"], "lacks a table"),
+        (["CREATE UNIQUE INDEX i ON labels (verdict)"], "holds 'index i'"),  # REPLACE would swallow labels
+        (["ALTER TABLE labels ADD COLUMN more TEXT"], "holds 'table labels'"),
+    ],
+)
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_store_of_strangers_is_refused(tmp_path, statements, message, read_only):
+    altered(tmp_path, *statements)
+    with pytest.raises(InputError) as error:
+        FeedbackStore(tmp_path, read_only)
+    assert message in str(error.value) and "\n" not in str(error.value) and "feedback.sqlite" in str(error.value)
+
+
+def test_sql_of_strangers_does_not_run(tmp_path):
+    store = FeedbackStore(tmp_path)
+    assert store.query("PRAGMA trusted_schema") == [(0,)] and store.query("PRAGMA foreign_keys") == [(1,)]
+    store.add_images([("a", "0.png", 1), ("b", "1.png", 1)])
+    store.database.execute("UPDATE images SET path = x'ff00' WHERE id = 1")
+    store.database.execute("INSERT INTO labels VALUES (2, 'a', 'excellent', 'x'), (2, 'b', 'good', 'x')")
+    assert store.labels() == {2: 1.0}  # what is no verdict does not count
+    for look in (store.images, store.agreement, partial(export_labels, store, tmp_path / "out.csv")):
+        with pytest.raises(InputError) if look is not store.agreement else pytest.raises(InputError, match="none of"):
+            store.database.execute("INSERT OR REPLACE INTO labels VALUES (1, 'a', 'good', 'x')")
+            look()
+    assert not (tmp_path / "out.csv").exists()
+    store.close()
+
+
+def test_a_file_that_is_damaged_behind_its_first_page_is_one_line(tmp_path):
+    store = FeedbackStore(tmp_path)
+    store.add_images([(f"prompt {i}", f"{i}.png", i) for i in range(500)])
+    store.add_labels("ann", [(i, "good") for i in range(1, 501)])
+    store.close()
+    path = tmp_path / "feedback.sqlite"
+    content = bytearray(path.read_bytes())
+    content[4096 * 8 :] = b"\xff" * (len(content) - 4096 * 8)
+    path.write_bytes(content)
+    told = 0
+    store = FeedbackStore(tmp_path)
+    add = partial(store.add_images, [("new", "new.png", 1)]), partial(store.add_labels, "bob", [(1, "bad")])
+    for look in (store.images, store.labels, store.agreement, store.label_rows, store.check_images, *add):
+        try:
+            look()
+        except StoreError as error:
+            told += 1
+            assert error.reason == "damaged" and "\n" not in str(error) and str(path) in str(error)
+    assert told >= 5
+    store.close()
+
+
+def test_a_store_that_another_program_holds_is_one_line(tmp_path):
+    store = FeedbackStore(tmp_path)
+    store.add_images([("a", "0.png", 1)])
+    store.database.execute("PRAGMA busy_timeout=10")
+    with closing(sqlite3.connect(tmp_path / "feedback.sqlite", isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        for write in (
+            partial(store.add_images, [("b", "1.png", 1)]),
+            partial(store.add_labels, "ann", [(1, "good")]),
+            partial(store.merge_labels, [NewLabel("a", "0.png", 1, "ann", "good", None)]),
+            partial(store.add_comparison, "ann", 1, tmp_path, tmp_path / "0.png", "tie", "left"),
+        ):
+            with pytest.raises(StoreError, match="another program holds it") as error:
+                write()
+            assert error.value.reason == "busy"
+        assert store.labels() == {} and len(store.images()) == 1  # reading goes on
+        holder.execute("ROLLBACK")
+    store.add_labels("ann", [(1, "good")])
+    store.close()
+
+
+def test_a_run_that_cannot_be_written_is_read(tmp_path, monkeypatch):
+    store = FeedbackStore(tmp_path)
+    store.add_images([("a", "0.png", 1)])
+    store.add_labels("ann", [(1, "good")])
+    store.close()
+    before = (tmp_path / "feedback.sqlite").read_bytes()
+    prepared = FeedbackStore._prepared
+
+    def write_protected(store, uri):  # as SQLite says it where the folder is, which the superuser's tests cannot have
+        if "immutable" not in uri:
+            raise sqlite3.OperationalError("unable to open database file")
+        return prepared(store, uri)
+
+    monkeypatch.setattr(FeedbackStore, "_prepared", write_protected)
+    with pytest.raises(InputError, match="cannot be opened for writing"):
+        FeedbackStore(tmp_path)
+    store = FeedbackStore(tmp_path, read_only=True)
+    assert store.labels() == {1: 1.0} and len(store.label_rows()) == 1
+    with pytest.raises(StoreError) as error:
+        store.add_labels("ann", [(1, "bad")])
+    assert error.value.reason == "read-only"
+    store.close()
+    assert (tmp_path / "feedback.sqlite").read_bytes() == before
+    (tmp_path / "feedback.sqlite-wal").write_bytes(b"labels that are not in the file yet")
+    with pytest.raises(InputError, match="its latest labels are in feedback.sqlite-wal"):
+        FeedbackStore(tmp_path, read_only=True)
+    with pytest.raises(InputError, match="cannot be opened"):
+        FeedbackStore(tmp_path / "none", read_only=True)
+    assert not (tmp_path / "none").exists()
+
+
+def test_where_a_person_judged_the_program_does_not_count(tmp_path):
+    store = FeedbackStore(tmp_path)
+    store.add_images([("a cat", f"{i}.png", i) for i in range(6)])
+    store.add_labels(SIMULATED, zip(range(1, 7), ["good", "good", "bad", "good", "skip", "good"]))
+    store.add_labels("ann", zip(range(1, 5), ["bad", "good", "good", "skip"]))
+    store.add_labels("bob", [(2, "bad")])
+    # 1 corrected; 2 a tie of people; 3 corrected; 4 skipped by a person; 5 by the program; 6 the program's alone
+    assert store.labels() == {1: 0.0, 3: 1.0, 6: 1.0}
+    assert store.labels(soft=True) == {1: 0.0, 2: 0.5, 3: 1.0, 6: 1.0}
+    store.close()
+
+
+def test_images_that_changed_after_they_were_added_are_named(images):
+    store = FeedbackStore(images)
+    store.add_images([("a", "0.png", 1), ("b", "1.png", 2), ("c", "later.png", 3)])
+    Image.new("RGB", (8, 8)).save(images / "later.png")  # was not there: nothing is known of it
+    store.check_images()
+    Image.new("RGB", (8, 8), "red").save(images / "1.png")
+    with pytest.raises(InputError, match=r"1\.png is not the image that was added: its SHA-256 differs$"):
+        store.check_images()
+    (images / "0.png").unlink()
+    with pytest.raises(InputError, match=r"0\.png is gone \(1 more are gone or changed\)$"):
+        store.check_images()
+    store.close()
 
 
 def test_what_is_kept_of_an_image(tmp_path):
@@ -141,27 +239,6 @@ def test_soft_labels_are_means(tmp_path):
     assert store.labels() == {1: 1.0}
     assert store.labellers() == ["a", "b", "c"]
     store.close()
-
-
-def test_cohen_kappa():
-    # 50 items, 20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no: p_o = 0.7, p_e = 0.5 * 0.6 + 0.5 * 0.4 = 0.5
-    assert cohen_kappa(np.array([[20, 5], [10, 15]])) == pytest.approx(0.4)
-    assert cohen_kappa(np.diag([3, 4, 5])) == pytest.approx(1)
-    assert cohen_kappa(np.outer([1, 2, 3], [4, 5, 6])) == pytest.approx(0)  # independent
-    assert cohen_kappa(np.array([[0, 5], [5, 0]])) == pytest.approx(-1)
-    assert cohen_kappa(np.array([[9, 0], [0, 0]])) is None
-
-
-def test_fleiss_kappa():
-    # three items by three labellers: P = (1 + 1/3 + 1/3) / 3 = 5/9, p = (5/9, 4/9), P_e = 41/81
-    assert fleiss_kappa(np.array([[3, 0], [1, 2], [1, 2]])) == pytest.approx((5 / 9 - 41 / 81) / (1 - 41 / 81))
-    assert fleiss_kappa(np.array([[3, 0, 0], [0, 3, 0]])) == pytest.approx(1)
-    assert fleiss_kappa(np.array([[3, 0], [2, 0]])) is None
-    # of two labellers a fixed item it is Scott's pi: p_o = 0.7, p = 0.55 and 0.45
-    pairs = [[2, 0]] * 20 + [[1, 1]] * 15 + [[0, 2]] * 15
-    assert fleiss_kappa(np.array(pairs)) == pytest.approx((0.7 - 0.505) / (1 - 0.505))
-    rng = np.random.default_rng(0)  # chance alone
-    assert abs(fleiss_kappa(rng.multinomial(5, [0.5, 0.3, 0.2], size=20_000))) < 0.01
 
 
 def test_agreement_of_two_and_of_more(tmp_path):
@@ -224,12 +301,36 @@ def test_files_of_labels_are_read(images, kind):
         ("prompt,image,label\na,0.png,bad\n", "none of its 1 images is labelled good"),
         ("prompt,image,label\na,0.png,good\na,0.png,bad\n", "none of its 2 images is labelled good"),
         ("prompt,image,label\na,0.png,fine\n", "line 2: label 'fine'; accepted: 1, 0, true, false, good, bad, skip"),
-        ("prompt,picture,label\na,0.png,good\n", "line 2: no 'image'; columns needed: prompt, image, label"),
-        ("prompt,image,label\na,9.png,good\n", "9.png cannot be read"),
+        (
+            "prompt,picture,label\na,0.png,good\n",
+            "no column 'image'; columns needed: prompt, image, label; found: prompt, pict",
+        ),
+        ("prompt,image,label\na,,good\n", "line 2: no 'image'; columns needed"),
+        ("prompt,image,label\n", "labels.csv: has no labels"),
+        ("", "labels.csv: is empty"),
+        ("prompt,image,label,Label\na,0.png,good,bad\n", "line 1: the column 'label' is there twice"),
+        ("prompt,image,label\na,9.png,good\n", "9.png does not exist"),
+        ("prompt,image,label\na,.,good\n", "is no file"),
         ('prompt,image,label\n"a\nb",0.png,good\na,0.png,fine\n', "line 4: label 'fine'"),
-        ('prompt,image,label\n"a,0.png,good\n' + 200_000 * "x", "not CSV (field larger than field limit"),
+        (
+            'prompt,image,label\n"a,0.png,good\n' + 200_000 * "x",
+            "begins in line 2: not CSV (field larger than field limit",
+        ),
         ("prompt,image,label\na,labels.csv,good\n", "labels.csv cannot be read"),
         ("prompt,image,label\na,half.png,good\n", "half.png cannot be read"),
+        ("prompt,image,label\na,pipe.png,good\n", "pipe.png is no file"),
+        ("prompt,image,label\na,line.png,good\n", "line.png has 12000 x 1 pixels; accepted: sides up to 1 : 32"),
+        # a comma that is not quoted
+        ("image,label,prompt\n0.png,good,a circle, at night\n", "line 2: 4 fields where the header has 3"),
+        # stray quotes
+        ('prompt,image,label\na,0.png,good\n"b" c,0.png,bad\n', "in the row that begins in line 3: not CSV"),
+        ('prompt,image,label\na,0.png,good\n"b,0.png,bad\nc,0.png,bad\na 12" d,0.png,bad\n', "begins in line 3"),
+        (
+            'prompt,image,label\n"b,0.png,bad\nc,0.png,bad\nd 12",0.png,bad\n',
+            "line 2: a quote that opens here swallows",
+        ),
+        ('prompt,image,label\na,0.png,good\n"b,0.png,bad\n', "begins in line 3: not CSV (unexpected end of data)"),
+        ("prompt,image,label\na\0b,0.png,good\n", "line 2: a NUL character"),
     ],
 )
 def test_bad_label_files_are_named(images, text, message):
@@ -237,9 +338,190 @@ def test_bad_label_files_are_named(images, text, message):
     path.write_text(text)
     Image.effect_noise((32, 32), 50).save(images / "whole.png")
     (images / "half.png").write_bytes((images / "whole.png").read_bytes()[:400])
+    Image.new("RGB", (12_000, 1)).save(images / "line.png")
+    os.mkfifo(images / "pipe.png")
     with pytest.raises(InputError) as error:
         read_feedback(path)
     assert message in str(error.value) and "\n" not in str(error.value) and "labels.csv" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a \\ud83d", "image": "0.png", "label": 1}', "line 2: prompt holds half a character"),
+        ('{"prompt": "a", "image": "0.png", "label": 1, "labeller": "\\ud83d"}', "line 2: labeller holds half"),
+        (
+            '{"prompt": "a\\u0000", "image": "0.png", "label": 1}',
+            "line 2: prompt holds half a character (a lone surrogate) or",
+        ),
+        ('{"prompt": ["a"], "image": "0.png", "label": 1}', "line 2: prompt ['a']; accepted: text"),
+        ('{"prompt": "a", "image": 1, "label": 1}', "line 2: image 1; accepted: text"),
+        ('{"prompt": "a", "image": "0.png", "label": ["good"]}', "line 2: label ['good']; accepted: 1, 0"),
+        ('{"prompt": "a", "picture": "0.png", "label": 1}', "found: prompt, picture, label"),
+        ('{"prompt": "a", "image": "0.png", "label": 1, "seed": %s}' % ("9" * 5000), "line 2: not JSON"),
+        ('"a"', "line 2: a JSON object is needed"),
+        ("[" * 100_000, "line 2: not JSON"),
+    ],
+)
+def test_bad_lines_are_named(images, line, message):
+    path = images / "labels.jsonl"
+    path.write_text('{"prompt": "a", "image": "0.png", "label": "good"}\n' + line + "\n")
+    for read in (read_feedback, read_prompts):
+        with pytest.raises(InputError) if read is read_feedback else suppress(InputError) as error:
+            read(path)
+        assert error is None or message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("kind", ["array", "object"])
+def test_one_json_value_is_called_so(tmp_path, kind, indent):
+    path = tmp_path / "p.json"
+    rows = [{"prompt": "a"}, {"prompt": "b"}]
+    path.write_text(json.dumps(rows if kind == "array" else {"rows": rows}, indent=indent))
+    with pytest.raises(InputError) as error:
+        read_prompts(path)
+    if kind == "object" and indent is None:  # a line that is an object
+        assert "line 1: no 'prompt'; columns needed: prompt; found: rows" in str(error.value)
+    else:
+        assert str(error.value) == f"{path}: is one JSON {kind}; accepted: JSON lines, one object per line"
+
+
+HEADERS = {"csv": ",", "CSV": ";", "tsv": "\t", "csv ": "\t"}
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("kind", HEADERS)
+def test_tables_as_programs_write_them(images, kind, end):
+    sign = HEADERS[kind]
+    path = images / f"labels.{kind.strip()}"
+    rows = (
+        ["\ufeffPrompt", " IMAGE", "label"],
+        [f'"a{sign} ""b"""', "0.png", "Good"],
+        ["c, d; e".replace(sign, "."), "1.png", "0"],
+    )
+    path.write_bytes((end.join(["", *map(sign.join, rows), "", sign * 2, ""])).replace("\ufeff", "").encode())
+    found = [(f'a{sign} "b"', "good"), ("c, d; e".replace(sign, "."), "bad")]
+    assert [(prompt, verdict) for prompt, _, verdict in read_feedback(path)] == found
+    assert read_prompts(path) == [prompt for prompt, _ in found]
+
+
+def test_prompt_files(tmp_path):
+    def read(name, content):
+        (tmp_path / name).write_bytes(content)
+        return read_prompts(tmp_path / name)
+
+    assert read("a.txt", b"a red circle\rb, c\r\n\n a red circle \nd\n") == ["a red circle", "b, c", "d"]
+    # one column: a comma is the prompt's
+    assert read("b.csv", b'prompt\na red circle, at night\n"b, ""c"""\n') == ["a red circle, at night", 'b, "c"']
+    assert read("c.tsv", b"Prompt\tCategory\na bear, at night\tAnimals\na cube\t\n") == ["a bear, at night", "a cube"]
+    assert read("d.ndjson", b'{"PROMPT": "a"}\r{"prompt": "b"}\r') == ["a", "b"]
+    for name, content, message in (
+        ("e.csv", b"prompt,seed\na, b,1\n", "line 2: 3 fields where the header has 2"),
+        ("f.csv", b"caption\tseed\na\t1\n", "no column 'prompt'; columns needed: prompt; found: caption, seed"),
+        ("g.txt", b"a\nb\0c\n", "line 2: a NUL character"),
+        ("h.txt", b"\n\n", "no prompts; accepted: one per line"),
+        ("i.txt", b"\xff\xfea\0", "cannot be read as text"),
+        ("j.jsonl", b'{"prompt": "a"}\n{"prompt": "\\ud83d"}\n', "line 2: prompt holds half a character"),
+    ):
+        with pytest.raises(InputError) as error:
+            read(name, content)
+        assert message in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "times", [("", ""), ("2026-01-01T00:00:00Z", "2026-01-01T00:00:00Z"), ("2026-01-02T00:00:00Z", "")]
+)
+def test_the_later_line_of_a_labeller_is_the_later_verdict(images, times):
+    path = images / "labels.csv"
+    between = "".join(f"prompt {i},1.png,bad,ann,\n" for i in range(30))
+    path.write_text(
+        f"prompt,image,label,labeller,time\na,0.png,good,ann,{times[0]}\n{between}a,0.png,bad,ann,{times[1]}\nb,0.png,1,cy,\n"
+    )
+    found = {(prompt, image.name): verdict for prompt, image, verdict in read_feedback(path)}
+    assert found["a", "0.png"] == "bad" and len(read_feedback(path)) == 32  # what finetune --feedback counts
+    store = FeedbackStore(images)
+    assert import_labels(store, path) == 32
+    assert [row[3] for row in everything(store) if row[0] == "a"] == ["ann"] and store.labels()[1] == 0.0
+    store.close()
+
+
+def test_a_verdict_that_is_corrected_in_an_export_is_taken(images):
+    store = FeedbackStore(images)
+    store.add_images([("a", "0.png", 1)])
+    store.add_labels("ann", [(1, "good")])
+    path = images / "labels.csv"
+    export_labels(store, path)
+    assert import_labels(store, path) == 0
+    path.write_text(path.read_text().replace(",good,", ",bad,"))  # by hand; its time is the same
+    assert import_labels(store, path) == 1 and store.labels() == {1: 0.0}
+    store.close()
+
+
+def test_where_a_file_tells_times_the_latest_counts_whatever_its_line(images):
+    path = images / "labels.csv"
+    path.write_text(
+        "prompt,image,label,labeller,time\na,0.png,good,ann,2026-01-02T00:00:00Z\na,0.png,bad,ann,2026-01-01T00:00:00Z\n"
+    )
+    assert [row.verdict for row in read_labels(path)] == ["good"]
+
+
+def test_a_failed_import_leaves_nothing(images, monkeypatch):
+    path, run = images / "labels.csv", images / "new" / "run"
+    path.write_text("prompt,image,label\na,0.png,good\nb,9.png,good\n")
+    with pytest.raises(InputError):
+        import_into_run(run, path)
+    assert not run.parent.exists()
+    path.write_text("prompt,image,label\na,0.png,good\n")
+    with monkeypatch.context() as change:
+        change.setattr(FeedbackStore, "merge_labels", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            import_into_run(run, path)
+        (images / "mine").mkdir()
+        (images / "mine" / "thesis.txt").write_text("mine")
+        with pytest.raises(ZeroDivisionError):
+            import_into_run(images / "mine", path)
+    assert not run.exists() and [file.name for file in (images / "mine").iterdir()] == ["thesis.txt"]
+    assert import_into_run(run, path) == 1
+    with monkeypatch.context() as change, pytest.raises(ZeroDivisionError):
+        change.setattr(FeedbackStore, "merge_labels", lambda *given: 1 / 0)
+        import_into_run(run, path)
+    assert (run / "feedback.sqlite").exists()  # which was there before
+    with pytest.raises(InputError, match="cannot be used as a run"):
+        import_into_run(path, path)
+
+
+FORMULAS = ['=HYPERLINK("http://evil/","x")', "+1", "-1", "@SUM(1)", "\tx", "'=1", "''@", "'quoted'", "plain", "a=b"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_no_cell_of_a_table_is_a_formula_and_all_come_back(images, kind):
+    store = FeedbackStore(images)
+    (images / "=0.png").write_bytes((images / "0.png").read_bytes())
+    store.add_images([(prompt, "0.png", -5) for prompt in FORMULAS] + [("a", "=0.png", 1)])
+    store.add_labels("=cmd|'/C calc'!A0", [(i, "good") for i in range(1, len(FORMULAS) + 2)])
+    path = images / f"labels.{kind}"
+    export_labels(store, path)
+    with open(path, newline="") as file:
+        cells = [cell for row in csv.reader(file, delimiter="\t" if kind == "tsv" else ",") for cell in row]
+    assert not [cell for cell in cells if cell[:1] in tuple("=+-@\t\r")]
+    (images / "again").mkdir()
+    again = FeedbackStore(images / "again")
+    import_labels(again, path)
+    there = [(prompt, str(images / name), *rest) for prompt, name, *rest in everything(store)]
+    assert [tuple(row) for row in everything(again)] == there
+    store.close()
+    again.close()
+
+
+def test_an_export_replaces_no_folder(images):
+    store = FeedbackStore(images)
+    (images / "labels.csv").mkdir()
+    (images / "labels.csv" / "thesis.txt").write_text("mine")
+    for export in (export_labels, export_comparisons):
+        with pytest.raises(InputError, match=r"labels\.csv: is a folder; accepted: the name of a file"):
+            export(store, images / "labels.csv")
+    assert (images / "labels.csv" / "thesis.txt").read_text() == "mine" and not list(images.rglob("*.tmp"))
+    store.close()
 
 
 def everything(store):

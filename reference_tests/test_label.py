@@ -10,6 +10,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -24,10 +25,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minialign import label
-from minialign.command import run_command
-from minialign.feedback import FeedbackStore
-from minialign.label import ComparingDesk, Desk, Queue, Server
+from minialign.engine.commands import run_command
+from minialign.feedback import FeedbackStore, StoreError
+from minialign.files import InputError
+from minialign.label import __main__ as label
+from minialign.label import server as page_server
+from minialign.label.book import LabelBook
+from minialign.label.comparison import ComparisonBook, compared, match
+from minialign.label.queue import Queue
+from minialign.label.server import Server
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "a-token-of-some-length"
@@ -54,8 +60,8 @@ def run(tmp_path):
 
 
 @contextmanager
-def served(desk: Desk, host: str = "127.0.0.1", **how):
-    server = Server(desk, host, 0, **how)
+def served(book: LabelBook, host: str = "127.0.0.1", **how):
+    server = Server(book, host, 0, TOKEN, **how)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -64,13 +70,15 @@ def served(desk: Desk, host: str = "127.0.0.1", **how):
         server.shutdown()
         thread.join()
         server.server_close()
-        desk.store.close()
+        book.store.close()
 
 
 def ask(port: int, path: str, body=None, method=None, **headers):
-    """(status, JSON or bytes, headers) of one request; header names with _ for -."""
+    """(status, JSON or bytes, headers) of one request, with the token; header names with _ for -."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    headers = {key.replace("_", "-"): value for key, value in headers.items()}
+    headers = {
+        key.replace("_", "-"): value for key, value in ({"Cookie": f"minialign-{port}={TOKEN}"} | headers).items()
+    }
     if body is not None:
         headers = {"Content-Type": "application/json"} | headers
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -100,23 +108,23 @@ def kept(folder: Path) -> dict[tuple[str, int], str]:
 
 # ------------------------------------------------------------------------------------------------- what comes next
 def test_three_images_of_a_prompt_come_together_and_none_twice(run):
-    desk = Desk(FeedbackStore(run))
-    prompts = {image.id: image.prompt for image in desk.store.images()}
+    book = LabelBook(FeedbackStore(run))
+    prompts = {image.id: image.prompt for image in book.store.images()}
     seen, sizes = [], []
-    while items := desk.next("ann"):
+    while items := book.next("ann"):
         slots = items[0]["slots"]
         assert {prompts[slot["id"]] for slot in slots} == {items[0]["prompt"]}
         sizes.append(len(slots))
         for slot in slots:
-            desk.judge("ann", slot["id"], "good")
+            book.judge("ann", slot["id"], "good")
             seen.append(slot["id"])
     assert sorted(seen) == list(range(1, 13)) and Counter(sizes) == {3: 3, 1: 1, 2: 1}
-    assert desk.progress("ann")["done"] == 12 == desk.progress("bob")["total"] and desk.progress("bob")["done"] == 0
+    assert book.progress("ann")["done"] == 12 == book.progress("bob")["total"] and book.progress("bob")["done"] == 0
     # of what two labellers have in hand, three items at once are three
-    assert len({item["item"] for item in desk.next("bob", (), 3)}) == 3
-    first = desk.next("bob")[0]["item"]
-    assert desk.next("bob")[0]["item"] == first != desk.next("bob", [first])[0]["item"]
-    desk.store.close()
+    assert len({item["item"] for item in book.next("bob", (), 3)}) == 3
+    first = book.next("bob")[0]["item"]
+    assert book.next("bob")[0]["item"] == first != book.next("bob", [first])[0]["item"]
+    book.store.close()
 
 
 def test_the_least_labelled_come_first_whatever_happened_before():
@@ -151,16 +159,16 @@ def test_the_least_labelled_come_first_whatever_happened_before():
 
 
 def test_what_others_have_judged_comes_last(run):
-    desk = Desk(FeedbackStore(run))
-    item = desk.next("ann")[0]
-    firsts = {desk.next(str(i))[0]["item"] for i in range(20)}
+    book = LabelBook(FeedbackStore(run))
+    item = book.next("ann")[0]
+    firsts = {book.next(str(i))[0]["item"] for i in range(20)}
     assert item["item"] in firsts
     for slot in item["slots"]:
-        desk.judge("ann", slot["id"], "skip")
-    assert item["item"] not in {desk.next(str(i))[0]["item"] for i in range(20)}
-    desk.judge("ann", item["slots"][0]["id"], None)
-    assert {desk.next(str(i))[0]["item"] for i in range(20)} == firsts
-    desk.store.close()
+        book.judge("ann", slot["id"], "skip")
+    assert item["item"] not in {book.next(str(i))[0]["item"] for i in range(20)}
+    book.judge("ann", item["slots"][0]["id"], None)
+    assert {book.next(str(i))[0]["item"] for i in range(20)} == firsts
+    book.store.close()
 
 
 def test_labellers_begin_in_different_places():
@@ -174,55 +182,104 @@ def test_labellers_begin_in_different_places():
 
 
 def test_images_and_labels_that_come_meanwhile(run):
-    desk, other = Desk(FeedbackStore(run)), FeedbackStore(run)
-    first = desk.next("ann")[0]
+    book, other = LabelBook(FeedbackStore(run)), FeedbackStore(run)
+    first = book.next("ann")[0]
     other.add_labels("ann", [(slot["id"], "bad") for slot in first["slots"]])  # by another process
-    assert desk.next("ann")[0]["item"] != first["item"]
+    assert book.next("ann")[0]["item"] != first["item"]
     shutil.copy(run / "images/000.png", run / "images/new.png")
     other.add_images([("a new prompt", "images/new.png", 99)])
     for _ in range(6):
-        for slot in (items := desk.next("ann"))[0]["slots"]:
-            desk.judge("ann", slot["id"], "good")
+        for slot in (items := book.next("ann"))[0]["slots"]:
+            book.judge("ann", slot["id"], "good")
         if items[0]["prompt"] == "a new prompt":
             break
     else:
         pytest.fail("the new image never came")
     other.close()
-    desk.store.close()
+    book.store.close()
 
 
 def test_back_and_undo(run):
-    desk = Desk(FeedbackStore(run))
-    assert desk.back("ann", "") is None
+    book = LabelBook(FeedbackStore(run))
+    assert book.back("ann", "") is None
     done = []
     for _ in range(2):
-        item = desk.next("ann")[0]
+        item = book.next("ann")[0]
         for slot in item["slots"]:
-            desk.judge("ann", slot["id"], "good")
-            time.sleep(0.002)  # times are kept to the millisecond
+            book.judge("ann", slot["id"], "good")
         done.append(item["item"])
-    last = desk.back("ann", "")
+    last = book.back("ann", "")
     assert last["item"] == done[1] and [slot["verdict"] for slot in last["slots"]] == ["good"] * len(last["slots"])
-    first = desk.back("ann", min(slot["time"] for slot in last["slots"]))
+    first = book.back("ann", min(slot["time"] for slot in last["slots"]))
     assert first["item"] == done[0]
-    assert desk.back("ann", min(slot["time"] for slot in first["slots"])) is None and desk.back("bob", "") is None
+    assert book.back("ann", min(slot["time"] for slot in first["slots"])) is None and book.back("bob", "") is None
     image = first["slots"][0]["id"]
-    before = desk.progress("ann")["done"]
-    assert desk.judge("ann", image, "bad")["progress"]["done"] == before  # changed, not added
-    assert desk.judge("ann", image, None)["progress"]["done"] == before - 1  # taken back
-    assert desk.judge("ann", image, None)["progress"]["done"] == before - 1  # nothing to take back
-    assert ("ann", image) not in kept(run) and desk.next("ann")[0]["item"] == done[0]
-    desk.store.close()
+    before = book.progress("ann")["done"]
+    assert book.judge("ann", image, "bad")["progress"]["done"] == before  # changed, not added
+    assert book.judge("ann", image, None)["progress"]["done"] == before - 1  # taken back
+    assert book.judge("ann", image, None)["progress"]["done"] == before - 1  # nothing to take back
+    assert ("ann", image) not in kept(run) and book.next("ann")[0]["item"] == done[0]
+    book.store.close()
+
+
+def test_the_last_verdict_is_the_latest_whatever_the_clock(run, tmp_path):
+    other = make_run(tmp_path / "other", {"a cat": 3, "two dogs": 4, "a red cow": 5}, color=200)
+    for book, verdict in ((LabelBook(FeedbackStore(run)), "good"), (ComparisonBook(FeedbackStore(run), other), "tie")):
+        book.judge("ann", 1, verdict)
+        table = book.judgements.table
+        book.store.database.execute(f"UPDATE {table} SET time = '2099-12-31T23:59:59.999Z'")
+        for image in (12, 4, 8):
+            book.judge("ann", image, verdict)
+            assert image in [slot["id"] for slot in book.back("ann", "")["slots"]]
+        book.judge("bob", 1, verdict)
+        times = dict(book.store.query(f"SELECT image, time FROM {table} WHERE labeller = 'ann'"))
+        assert [times[image] for image in (12, 4, 8)] == [f"2100-01-01T00:00:00.00{i}Z" for i in range(3)]
+        ((bobs,),) = book.store.query(f"SELECT time FROM {table} WHERE labeller = 'bob'")
+        assert bobs < "2099" and bobs.endswith("Z") and len(bobs) == 24
+        book.store.close()
+
+
+def test_enough_labels_end_the_work(run):
+    book = LabelBook(FeedbackStore(run), enough=2)
+    book.store.add_labels("simulated annotator", [(image, "good") for image in range(1, 13)])  # does not count
+    book.newest = -1  # as a new start
+    for name in ("ann", "bob", "cy"):
+        judged = 0
+        while items := book.next(name):
+            for slot in items[0]["slots"]:
+                if judged < 9:
+                    book.judge(name, slot["id"], "good")
+                    judged += 1
+            if judged == 9:
+                break
+        assert book.progress(name)["done"] == judged
+    counts = Counter(image for name, image in kept(run) if name != "simulated annotator")
+    assert judged < 9 and set(counts.values()) == {2} and len(counts) == 12  # 9 + 9 + 6
+    assert book.next("dan") == [] and book.finished("dan") and not LabelBook(book.store).finished("dan")
+    assert book.progress("dan") == {"done": 0, "total": 0, "speed": None}
+    book.judge("ann", 1, None) if ("ann", 1) in kept(run) else book.judge("bob", 1, None)
+    assert book.next("dan")[0]["item"] and book.progress("dan")["total"] == 1
+    book.store.close()
+
+
+def test_agreement_is_told_at_the_end_alone(run):
+    book = LabelBook(FeedbackStore(run))
+    book.store.add_labels("bob", [(image, "good") for image in range(1, 13)])
+    book.store.add_labels("ann", [(image, "bad") for image in range(1, 12)])
+    assert [len(book.told(name)) for name in (None, "ann", "bob")] == [1, 1, 2]
+    book.judge("ann", 12, "bad")
+    assert "kappa" in book.told("ann")[1] and "kappa" not in book.told("cy")[0]
+    book.store.close()
 
 
 def test_speed(run):
-    desk = Desk(FeedbackStore(run))
-    assert desk.progress("ann")["speed"] is None
+    book = LabelBook(FeedbackStore(run))
+    assert book.progress("ann")["speed"] is None
     for image, second in enumerate((0, 6, 12, 4000, 4006), 1):  # a long break counts as a minute
         moment = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(second))
-        desk.store.database.execute("INSERT INTO labels VALUES (?, 'ann', 'good', ?)", (image, moment))
-    assert desk.progress("ann")["speed"] == pytest.approx(60 * 4 / (6 + 6 + 60 + 6), rel=1e-4)
-    desk.store.close()
+        book.store.database.execute("INSERT INTO labels VALUES (?, 'ann', 'good', ?)", (image, moment))
+    assert book.progress("ann")["speed"] == pytest.approx(60 * 4 / (6 + 6 + 60 + 6), rel=1e-4)
+    book.store.close()
 
 
 # ----------------------------------------------------------------------------------------------------- what is kept
@@ -238,14 +295,14 @@ def label_all(port: int, labeller: str, verdict, acknowledged: list) -> None:
 
 def test_two_labellers_at_once(run):
     lists = {"ann": [], "bob": []}
-    with served(Desk(FeedbackStore(run))) as port:
+    with served(LabelBook(FeedbackStore(run))) as port:
         verdicts = {"ann": lambda i: "good", "bob": lambda i: ("good", "bad", "skip")[i % 3]}
         threads = [threading.Thread(target=label_all, args=(port, n, verdicts[n], lists[n])) for n in lists]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        lines = ask(port, "/api/summary")[1]["lines"]
+        lines = ask(port, "/api/summary?labeller=bob")[1]["lines"]
     assert all(sorted(image for _, image in rows) == list(range(1, 13)) for rows in lists.values())
     assert kept(run) == {(name, i): verdicts[name](i) for name in lists for i in range(1, 13)}
     # Ann always says good: Bob agrees on a third, which is what chance would have
@@ -259,7 +316,7 @@ def test_two_labellers_at_once(run):
 def process(folder: Path):
     """The command in a process of its own, and its port."""
     command = [sys.executable, "-m", "minialign.label", folder, "--port", "0", "--no-browser"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "MINIALIGN_TOKEN": TOKEN}
     started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         yield started, int(re.search(r"127\.0\.0\.1:(\d+)/", started.stdout.readline())[1])
@@ -284,7 +341,9 @@ def test_a_full_disk_and_a_killed_server_lose_nothing_that_was_acknowledged(tmp_
                 refused = status, told["error"]
                 break
             acknowledged.append(("ann", image))
-        assert refused == (507, "not saved: the disk is full or cannot be written; make room and judge again")
+        assert refused[0] == 507 and refused[1].startswith(
+            "not saved: the disk is full or cannot be written; make room"
+        )
         assert acknowledged and set(kept(run)) == set(acknowledged)
         resource.prlimit(started.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         assert post(port, "ann", image, "good")[0] == 200  # there is room again
@@ -308,10 +367,10 @@ def test_a_full_disk_and_a_killed_server_lose_nothing_that_was_acknowledged(tmp_
 
 
 def test_a_store_that_is_held_by_another(run, monkeypatch):
-    desk = Desk(FeedbackStore(run))
-    desk.store.database.execute("PRAGMA busy_timeout=50")
+    book = LabelBook(FeedbackStore(run))
+    book.store.database.execute("PRAGMA busy_timeout=50")
     holder = sqlite3.connect(run / "feedback.sqlite", isolation_level=None)
-    with served(desk) as port:
+    with served(book) as port:
         holder.execute("BEGIN IMMEDIATE")
         assert post(port, "ann", 1, "good")[0] == 503
         holder.execute("ROLLBACK")
@@ -320,7 +379,7 @@ def test_a_store_that_is_held_by_another(run, monkeypatch):
 
 
 def test_images_that_are_gone_or_others(run):
-    with served(Desk(FeedbackStore(run))) as port:
+    with served(LabelBook(FeedbackStore(run))) as port:
         status, content, headers = ask(port, "/image/1")
         assert (status, headers["Content-Type"], content) == (200, "image/png", (run / "images/000.png").read_bytes())
         assert headers["Cache-Control"] == "no-store" and headers["X-Content-Type-Options"] == "nosniff"
@@ -347,7 +406,7 @@ def test_nothing_outside_the_run_is_shown(run, tmp_path):
     store = FeedbackStore(run)
     for name in names:
         store.database.execute("INSERT INTO images (prompt, path) VALUES (1, ?)", (name,))
-    with served(Desk(store)) as port:
+    with served(LabelBook(store)) as port:
         assert [ask(port, f"/image/{13 + i}")[0] for i in range(5)] == [403, 403, 403, 403, 415]
         for path in (
             "/../feedback.sqlite",
@@ -358,7 +417,7 @@ def test_nothing_outside_the_run_is_shown(run, tmp_path):
             "/image/99",
         ):
             assert ask(port, path)[0] == 404, path
-    with served(Desk(FeedbackStore(run), [secret.parent])) as port:  # --images
+    with served(LabelBook(FeedbackStore(run), [secret.parent])) as port:  # --images
         assert [ask(port, f"/image/{13 + i}")[0] for i in range(4)] == [200] * 4
 
 
@@ -368,6 +427,8 @@ REFUSED = [
     (403, "/", None, {"Host": "evil.example:8765"}),
     (403, "/", None, {"Host": ""}),
     (403, "/", None, {"Host": "[::1"}),
+    (403, "/", None, {"Host": "[::1]x"}),
+    (403, "/", None, {"Host": "a@localhost"}),
     (403, "/api/judge", GOOD, {"Origin": "http://evil.example"}),
     (403, "/api/judge", GOOD, {"Origin": "null"}),
     (403, "/api/judge", GOOD, {"Origin": "http://127.0.0.1:1"}),
@@ -391,6 +452,7 @@ REFUSED = [
     (400, "/api/judge", GOOD | {"labeller": "a\x00b"}, {}),
     (400, "/api/judge", GOOD | {"labeller": "\ud800"}, {}),
     (400, "/api/judge", GOOD | {"labeller": None}, {}),
+    (400, "/api/judge", GOOD | {"labeller": "simulated annotator"}, {}),
     (413, "/api/judge", b"x" * 4097, {}),
     (411, "/api/judge", GOOD, {"Content_Length": "-1"}),
     (411, "/api/judge", GOOD, {"Content_Length": "9" * 30}),
@@ -403,14 +465,14 @@ REFUSED = [
     (400, "/api/next?" + "&".join(f"a{i}=1" for i in range(99)), None, {}),
     (404, "/nowhere", None, {}),
     (400, "http://[/x", None, {"Host": "localhost"}),
-    (404, "http://[/x", GOOD, {"Host": "localhost"}),
+    (400, "http://[/x", GOOD, {"Host": "localhost"}),
     (414, "/" + "x" * 70_000, None, {}),
     (501, "/", None, {"method": "DELETE"}),
 ]
 
 
 def test_what_is_refused_says_so_in_one_line(run):
-    with served(Desk(FeedbackStore(run))) as port:
+    with served(LabelBook(FeedbackStore(run))) as port:
         for status, path, body, how in REFUSED:
             found, told, headers = ask(port, path, body, **how)
             assert found == status, (path, body, how, told)
@@ -422,32 +484,152 @@ def test_what_is_refused_says_so_in_one_line(run):
 
 
 def test_mistakes_of_the_server_are_told_to_its_terminal_alone(run, monkeypatch, capsys):
-    desk = Desk(FeedbackStore(run))
-    monkeypatch.setattr(desk, "summary", lambda: 1 / 0)
-    with served(desk) as port:
+    book = LabelBook(FeedbackStore(run))
+    monkeypatch.setattr(book, "told", lambda labeller: 1 / 0)
+    with served(book) as port:
         status, told, _ = ask(port, "/api/summary")
         assert status == 500 and "division" not in told["error"] and "ZeroDivisionError" in capsys.readouterr().err
 
 
-def test_a_token_is_needed_where_there_is_one(run):
-    with served(Desk(FeedbackStore(run)), "0.0.0.0", token=TOKEN) as port:
-        own = {"Host": f"192.0.2.7:{port}"}  # any address may be this machine's; a name may not
-        for path in ("/", "/image/1", "/api/setup", "/label.js", f"/?token={TOKEN}x", "/?token="):
+def raw(port: int, text: str) -> tuple[int, bytes]:
+    """(status of the first answer, all bytes) of what is sent as it is; 0 where nothing is answered."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(text.encode())
+        connection.shutdown(socket.SHUT_WR)
+        found = b""
+        while part := connection.recv(65536):
+            found += part
+    return int(found.split()[1]) if found else 0, found
+
+
+def test_the_token_is_needed_and_kept_in_a_cookie(run):
+    with served(LabelBook(FeedbackStore(run)), "0.0.0.0") as port:
+        own = {"Host": f"192.0.2.7:{port}", "Cookie": "a=b"}  # any address may be this machine's; a name may not
+        for path in (
+            "/",
+            "/image/1",
+            "/api/setup",
+            "/label.js",
+            f"/?token={TOKEN}x",
+            "/?token=",
+            "/?once=",
+            "/?once=x",
+        ):
             assert ask(port, path, **own)[0] == 401
         assert ask(port, "/api/judge", GOOD, **own)[0] == 401
         assert ask(port, f"/?token={TOKEN}", Host="evil.example")[0] == 403
         status, _, headers = ask(port, f"/?token={TOKEN}", **own)
-        assert (status, headers["Location"]) == (303, "/") and "HttpOnly; SameSite=Lax" in headers["Set-Cookie"]
-        cookie = {"Cookie": headers["Set-Cookie"].split(";")[0]} | own
+        assert (status, headers["Location"]) == (303, "./") and "HttpOnly; SameSite=Lax" in headers["Set-Cookie"]
+        cookie = own | {"Cookie": headers["Set-Cookie"].split(";")[0]}
         assert ask(port, "/", **cookie)[0] == 200
         assert ask(port, "/api/judge", GOOD, **cookie)[0] == 200
         assert ask(port, "/api/judge", GOOD, Origin="http://evil.example", **cookie)[0] == 403
+        # a person who opens the address without the token reads what to do
+        status, page, headers = ask(port, "/", Accept="text/html,*/*", **own)
+        assert status == 401 and headers["Content-Type"].startswith("text/html")
+        assert b"open the whole address that the server printed in its terminal" in page and b"<script" not in page
+
+
+def test_the_code_that_the_browser_is_opened_with_works_once(run):
+    server = Server(LabelBook(FeedbackStore(run)), "127.0.0.1", 0, TOKEN)
+    port, once = server.server_port, server.once
+    assert TOKEN in server.address("token", TOKEN) and TOKEN not in server.address("once", once)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        assert ask(port, f"/api/setup?once={once}", Cookie="")[0] == 401  # for the page alone
+        status, _, headers = ask(port, f"/?once={once}", Cookie="")
+        assert status == 303 and f"={TOKEN};" in headers["Set-Cookie"]
+        assert ask(port, f"/?once={once}", Cookie="")[0] == 401
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+        server.book.store.close()
+
+
+def test_the_token_is_given_by_environment_or_file_or_made(run, tmp_path, monkeypatch):
+    monkeypatch.delenv("MINIALIGN_TOKEN", raising=False)
+    assert len(label.given_token(None)) >= 32 and label.given_token(None) != label.given_token(None)
+    monkeypatch.setenv("MINIALIGN_TOKEN", TOKEN)
+    assert label.given_token(None) == TOKEN
+    (tmp_path / "token").write_text(f"{TOKEN[::-1]}\nmore\n")
+    assert label.given_token(tmp_path / "token") == TOKEN[::-1]
+    monkeypatch.setenv("MINIALIGN_TOKEN", "short")
+    with pytest.raises(InputError, match="MINIALIGN_TOKEN: accepted: 16 to 128 letters"):
+        label.given_token(None)
+
+
+def test_one_request_is_one_request(run):
+    with served(LabelBook(FeedbackStore(run))) as port:
+        head = f"Host: localhost:{port}\r\nCookie: minialign-{port}={TOKEN}\r\n"
+        body = json.dumps(GOOD)
+        kind = "Content-Type: application/json\r\n"
+        second = f"POST /api/judge HTTP/1.1\r\n{head}{kind}Content-Length: {len(body)}\r\n\r\n{body}"
+        refused = (
+            f"GET / HTTP/1.1\r\n{head}Content-Length: {len(second)}\r\n\r\n{second}",
+            f"HEAD / HTTP/1.1\r\n{head}Content-Length: {len(second)}\r\n\r\n{second}",
+            f"GET / HTTP/1.1\r\n{head}Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n{second}",
+            f"GET / HTTP/1.1\r\n{head}Host: localhost\r\n\r\n",
+            second.replace("Content-Length", "Content-Length: 2\r\nContent-Length"),
+        )
+        for text in refused:
+            status, found = raw(port, text)
+            assert status == 400 and found.count(b"HTTP/1.1 ") == 1, text
+        assert raw(port, second[:-1])[0] == 0  # ends before its body does
+        assert not kept(run) and raw(port, second)[0] == 200
+        status, found = raw(port, f"HEAD / HTTP/1.1\r\n{head}\r\n")
+        size = (page_server.PAGE / "label.html").stat().st_size
+        assert status == 200 and f"Content-Length: {size}\r\n".encode() in found and found.endswith(b"\r\n\r\n")
+
+
+def test_many_and_slow_clients_leave_room_for_others(run, monkeypatch):
+    monkeypatch.setattr(page_server, "CONNECTIONS", 6)
+    before = threading.active_count()
+    with served(LabelBook(FeedbackStore(run))) as port:
+        slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
+        for connection in slow:
+            connection.sendall(b"POST /api/judge HTTP/1.1\r\nHost: x\r\n")
+        assert post(port, "ann", 1, "good")[0] == 200
+        deadline = time.monotonic() + 20
+        while threading.active_count() > before + 1 + 6 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert threading.active_count() <= before + 1 + 6
+        for connection in slow:
+            connection.close()
+        monkeypatch.setattr(page_server, "REQUEST_TIME", 0.2)  # in all, however often a byte comes
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nX: ")
+            with pytest.raises(OSError):
+                while True:
+                    connection.sendall(b"a")
+                    time.sleep(0.01)
+        assert post(port, "ann", 1, "bad")[0] == 200
+
+
+def test_a_page_behind_a_proxy(run):
+    with served(LabelBook(FeedbackStore(run))) as port:
+        status, told, _ = ask(port, "/api/judge", GOOD, Origin="https://labels.example.org")
+        assert status == 403 and "https://labels.example.org" in told["error"] and "--origin" in told["error"]
+    with served(LabelBook(FeedbackStore(run)), origin="https://labels.example.org/some/path") as port:
+        for host in (f"127.0.0.1:{port}", "labels.example.org"):  # as the proxy has it
+            for path in ("/api/judge", "/some/path/api/judge"):
+                same = {"Host": host, "Origin": "https://labels.example.org"}
+                assert ask(port, path, GOOD, **same)[0] == 200
+        for origin in ("http://labels.example.org", "https://labels.example.org.evil", "https://evil.example"):
+            assert ask(port, "/api/judge", GOOD, Origin=origin)[0] == 403
+        assert ask(port, "/some/path/")[0] == 200 == ask(port, "/some/path/image/1")[0] == ask(port, "/image/1")[0]
+        assert ask(port, "/other/path/")[0] == 404
+    page = (page_server.PAGE / "label.html").read_text() + (page_server.PAGE / "label.js").read_text()
+    assert not re.search(r"""["'`]/(?!\W)""", page)  # addresses are below the page's own
 
 
 def test_the_page_asks_nobody_else():
     for name in ("label.html", "label.css", "label.js"):
-        assert "//" not in re.sub(r"^\s*//.*|(?<=\S) // .*", "", (label.PAGE / name).read_text(), flags=re.M), name
-    assert "connect-src 'self'" in label.HEADERS["Content-Security-Policy"]
+        assert "//" not in re.sub(r"^\s*//.*|(?<=\S) // .*", "", (page_server.PAGE / name).read_text(), flags=re.M), (
+            name
+        )
+    assert "connect-src 'self'" in page_server.HEADERS["Content-Security-Policy"]
     assert "page/*" in (ROOT / "pyproject.toml").read_text()  # installed with the package
 
 
@@ -464,24 +646,33 @@ def test_errors_of_the_command_are_one_line(run, tmp_path, monkeypatch, capsys):
     empty.mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/feedback.sqlite").write_text("x" * 5000)
+    short, long = tmp_path / "short", tmp_path / "long.md"
+    short.write_text("short")
+    long.write_text("x" * 70_000)
     for arguments, message in (
         ((empty,), "empty: no feedback.sqlite in it; accepted: a run's folder"),
         ((tmp_path / "broken",), "feedback.sqlite: cannot be used"),
         ((run, "--port", "70000"), "'70000'; accepted: a whole number from 0 to 65535"),
-        ((run, "--host", "0.0.0.0"), "--host 0.0.0.0: others could reach it, so --token is needed too"),
-        ((run, "--host", "example.org"), "--token is needed too"),
-        ((run, "--token", "short"), "accepted: 16 to 128 letters"),
+        ((run, "--token-file", tmp_path / "none"), "none: is not a file"),
+        ((run, "--token-file", run / "feedback.sqlite"), "feedback.sqlite: cannot be read as text"),
+        ((run, "--token-file", short), "short: accepted: 16 to 128 letters"),
+        ((run, "--guide", tmp_path), "is not a file"),
+        ((run, "--guide", long), "long.md: has more than 64 KiB"),
+        ((run, "--origin", "labels.example.org"), "accepted: https://HOST or https://HOST/PATH"),
+        ((run, "--origin", "https://a@b.example"), "accepted: https://HOST"),
+        ((run, "--labels-per-image", "0"), "accepted: a whole number from 1 up"),
+        ((run, "--labeller", "simulated annotator"), "accepted: a name of 1 to 64 characters, a person's"),
         ((run, "--labeller", " "), "accepted: a name of 1 to 64 characters"),
         ((run, "--compare", tmp_path / "none"), "--compare"),
         ((run, "--compare", empty), "its store holds no image of a prompt that is in"),
         ((run, "--images", tmp_path / "none"), "not a folder"),
-        ((run, "--export", tmp_path / "labels.txt"), "accepted: a name that ends in .csv or .jsonl"),
+        ((run, "--export", tmp_path / "labels.txt"), "accepted: a name that ends in .csv, .tsv or .jsonl"),
         ((run, "--import", tmp_path / "labels.csv"), "labels.csv: cannot be read"),
         ((run, "--export", "a.csv", "--summary"), "not allowed with"),
     ):
         code, out, err = command(monkeypatch, capsys, *arguments)
         assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err, err
-    with served(Desk(FeedbackStore(run))) as port:
+    with served(LabelBook(FeedbackStore(run))) as port:
         assert "cannot be listened on" in command(monkeypatch, capsys, run, "--port", port)[2]
 
 
@@ -495,7 +686,7 @@ def test_labels_go_out_and_in_by_command(run, tmp_path, monkeypatch, capsys):
     assert code == 0 and "3 new labels" in out
     assert kept(tmp_path / "new") == {("ann", 1): "good", ("ann", 2): "bad", ("ann", 3): "skip"}
     code, out, _ = command(monkeypatch, capsys, run, "--summary")
-    assert out == "3 labels by 1 labeller on 3 of 12 images\nno image was judged by two labellers yet\n"
+    assert out == "3 labels by 1 labeller on 3 of 12 images\nNo image was judged by two labellers yet\n"
 
 
 # ------------------------------------------------------------------------------------------------- blind comparison
@@ -511,14 +702,14 @@ def test_pairs_are_matched_by_prompt_and_seed_else_by_prompt(run, tmp_path):
     for path, seed in zip(dogs, seeds):
         store.database.execute("UPDATE images SET seed = ? WHERE path = ?", (seed, f"images/{path.name}"))
     store.close()
-    pairs = label.match(here, other)
+    pairs = match(here, other)
     named = {Path(here.images()[image - 1].file).name: Path(path).name for image, path in pairs.items()}
     assert named == {"007.png": dogs[0].name, "000.png": "001.png", "003.png": "004.png"}
     (other / "images/004.png").unlink()
-    assert len(label.match(here, other)) == 2
+    assert len(match(here, other)) == 2
     plain = tmp_path / "plain"
     shutil.copytree(other / "images", plain)
-    assert {i: Path(path).name for i, path in label.match(here, plain).items()} == {
+    assert {i: Path(path).name for i, path in match(here, plain).items()} == {
         1: "000.png",
         2: "001.png",
         3: "002.png",
@@ -532,15 +723,15 @@ def test_a_comparison_is_blind_and_kept(tmp_path, monkeypatch, capsys):
     prompts = {f"prompt {i}": 2 for i in range(10)}
     run = make_run(tmp_path / "run", prompts)
     other = make_run(tmp_path / "other", prompts, color=200)
-    desk = ComparingDesk(FeedbackStore(run), other)
-    assert desk.summary() == ["nothing decided yet; 0 ties"]
+    book = ComparisonBook(FeedbackStore(run), other)
+    assert book.told("ann") == [] and compared(run, other) == ["Nothing decided yet; 0 ties"]
     ours = {(run / "images" / f"{i:03d}.png").read_bytes() for i in range(20)}
     sides, chosen = Counter(), {}
-    with served(desk) as port:
+    with served(book) as port:
         while items := ask(port, "/api/next?labeller=ann")[1]["items"]:
             item = items[0]
             (slot,) = item["slots"]
-            left, right = (ask(port, path)[1] for path in slot["images"])
+            left, right = (ask(port, f"/{path}")[1] for path in slot["images"])
             assert (left in ours) != (right in ours)
             told = json.dumps(item)  # the same words whatever the side
             assert told == json.dumps(
@@ -550,7 +741,7 @@ def test_a_comparison_is_blind_and_kept(tmp_path, monkeypatch, capsys):
                     "slots": [
                         {
                             "id": slot["id"],
-                            "images": [f"/image/{slot['id']}/left", f"/image/{slot['id']}/right"],
+                            "images": [f"image/{slot['id']}/left", f"image/{slot['id']}/right"],
                             "verdict": None,
                             "time": None,
                         }
@@ -651,8 +842,8 @@ def press(browser, *keys: str) -> None:
 def test_a_dozen_images_by_keyboard(browser, run):
     from selenium.webdriver.common.keys import Keys
 
-    with served(Desk(FeedbackStore(run))) as port:
-        browser.get(f"http://127.0.0.1:{port}/")
+    with served(LabelBook(FeedbackStore(run))) as port:
+        browser.get(f"http://127.0.0.1:{port}/?token={TOKEN}")
         wait(browser, "return !$('begin').hidden && document.activeElement.id === 'name'")
         browser.switch_to.active_element.send_keys("Ann ", Keys.ENTER)
         expected: dict[int, str] = {}
@@ -704,21 +895,21 @@ def test_a_dozen_images_by_keyboard(browser, run):
 @pytest.mark.slow
 def test_what_the_page_says_where_something_is_wrong(browser, tmp_path, monkeypatch):
     run = make_run(tmp_path / "run", {"a cat": 3, "two dogs": 3})
-    desk = Desk(FeedbackStore(run))
-    with served(desk, labeller="Bob") as port:
-        browser.get(f"http://127.0.0.1:{port}/")
+    book = LabelBook(FeedbackStore(run))
+    with served(book, labeller="Bob") as port:
+        browser.get(f"http://127.0.0.1:{port}/?token={TOKEN}")
         wait(browser, IDLE)
         first = browser.execute_script("return slot().id")
-        add, calls = desk.store.add_labels, []
+        add, calls = book.store.add_labels, []
 
         def full_once(*given):
             calls.append(given)
             if len(calls) > 1:
                 return add(*given)
             time.sleep(0.3)  # the next keys come meanwhile
-            raise sqlite3.OperationalError("database or disk is full")
+            raise StoreError(book.store.path, sqlite3.OperationalError("database or disk is full"))
 
-        monkeypatch.setattr(desk.store, "add_labels", full_once)
+        monkeypatch.setattr(book.store, "add_labels", full_once)
         for key in "ggg":  # the two behind the first must not hit other images
             browser.switch_to.active_element.send_keys(key)
         told = wait(browser, "return waiting === 0 && !$('error').hidden && $('error').textContent")
@@ -748,17 +939,17 @@ def test_pairs_by_keyboard_and_on_a_phone(browser, run, tmp_path):
     from selenium.webdriver.common.keys import Keys
 
     other = make_run(tmp_path / "other", {"a cat": 3, "two dogs": 4, "a red cow": 5}, color=200)
-    desk = ComparingDesk(FeedbackStore(run), other)
-    with served(desk, labeller="Cy") as port:
-        browser.get(f"http://127.0.0.1:{port}/")
+    book = ComparisonBook(FeedbackStore(run), other)
+    with served(book, labeller="Cy") as port:
+        browser.get(f"http://127.0.0.1:{port}/?token={TOKEN}")
         keys = {"left": Keys.ARROW_LEFT, "tie": Keys.ARROW_DOWN, "right": Keys.ARROW_RIGHT}
         shown = {}
         for i in range(6):
             wait(browser, IDLE)
             image, verdict = browser.execute_script("return slot().id"), list(keys)[i % 3]
-            shown[image] = "tie" if verdict == "tie" else "this" if verdict == desk.side(image) else "other"
+            shown[image] = "tie" if verdict == "tie" else "this" if verdict == book.side(image) else "other"
             press(browser, keys[verdict])
-        rows = desk.store.database.execute("SELECT image, verdict FROM comparisons WHERE labeller = 'Cy'")
+        rows = book.store.database.execute("SELECT image, verdict FROM comparisons WHERE labeller = 'Cy'")
         assert dict(rows) == shown
         size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
@@ -774,3 +965,124 @@ def test_pairs_by_keyboard_and_on_a_phone(browser, run, tmp_path):
             wait(browser, "return waiting === 0 && past.length === 1")
         finally:
             browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+SIZES = ((1280, 800), (1280, 640), (390, 844), (320, 568))
+BOXES = """return ['prompt', innerWidth > 700 ? 'cards' : 'stage', 'cards', 'tools', 'dock']
+           .map((id) => document.getElementById(id).getBoundingClientRect())
+           .map((box) => [box.left, box.top, box.right, box.bottom])"""
+
+
+@contextmanager
+def sized(browser, width: int, height: int):
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 700}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        yield
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [30, 98, 115, 200, 2800])
+@pytest.mark.parametrize("compare", [False, True])
+def test_images_and_buttons_are_in_sight_whatever_the_prompt(browser, tmp_path, length, compare):
+    prompt = ("a photo of a very detailed red circle on a wooden table, studio light, " * 40)[:length].strip()
+    run, other = make_run(tmp_path / "run", {prompt: 3}), make_run(tmp_path / "other", {prompt: 3}, color=200)
+    store = FeedbackStore(run)
+    with served(ComparisonBook(store, other) if compare else LabelBook(store), labeller="Ann") as port:
+        for width, height in SIZES:
+            with sized(browser, width, height):
+                browser.get(f"http://127.0.0.1:{port}/?token={TOKEN}")
+                wait(browser, IDLE)
+                boxes = browser.execute_script(BOXES)
+                for left, top, right, bottom in boxes:
+                    assert 0 <= left < right <= width and 0 <= top < bottom <= height, (width, boxes)
+                assert min(boxes[1][3] - boxes[1][1], boxes[1][2] - boxes[1][0]) >= 110  # large enough to judge
+                above = sorted(boxes[:1] + boxes[1:], key=lambda box: box[1])
+                assert all(a[3] <= b[1] + 1 or a == b for a, b in zip(above, above[1:])), (width, boxes)  # none covers
+                shown = "const box = $('prompt'); box.scrollTop = 1e6; return [box.scrollTop > 0, box.textContent]"
+                assert browser.execute_script(shown) == [length == 2800 or (length, width) == (200, 320), prompt]
+
+
+@pytest.mark.slow
+def test_zoom_names_and_keyboards(browser, run, tmp_path):
+    from selenium.webdriver.common.keys import Keys
+
+    def key(letter: str, place: str) -> None:
+        wait(browser, IDLE)
+        for kind in ("keyDown", "keyUp"):
+            how = {"type": kind, "key": letter, "code": place, "text": letter if kind == "keyDown" else ""}
+            browser.execute_cdp_cmd("Input.dispatchKeyEvent", how)
+        wait(browser, IDLE)
+
+    other = make_run(tmp_path / "other", {"a cat": 3, "two dogs": 4, "a red cow": 5}, color=200)
+    book = ComparisonBook(FeedbackStore(run), other)
+    decided = lambda: book.store.query("SELECT COUNT(*) FROM comparisons")[0][0]  # noqa: E731
+    with served(book, labeller="Cy") as port:
+        browser.get(f"http://127.0.0.1:{port}/?token={TOKEN}")
+        press(browser, "z", Keys.ARROW_RIGHT, Keys.ARROW_DOWN)
+        assert browser.execute_script("return $('zoom').open && at") == 1 and decided() == 0  # arrows move
+        press(browser, Keys.ARROW_LEFT)
+        browser.execute_script("window.MOVED = []; new MutationObserver(() => MOVED.push($('large').textContent))"
+                               ".observe($('large'), { childList: true })")  # fmt: skip
+        press(browser, "l")
+        assert "Left is better" in browser.execute_script("return MOVED") and decided() == 1
+        press(browser, "z")
+        assert browser.execute_script("return document.activeElement === $('cards').children[at].firstChild")
+        browser.execute_script("$('who').click()")
+        assert browser.execute_script("return !$('cancel').hidden && $('work').hidden")
+        browser.execute_script("$('cancel').click()")
+        assert browser.execute_script("return !$('work').hidden && labeller") == "Cy"
+        assert ask(port, "/api/summary?labeller=Cy")[1] == {"lines": []}
+    guide = "# Rules\n\n<b>Count</b> twice.\n"
+    with served(LabelBook(FeedbackStore(run)), labeller="ann  of the hill", guide=guide) as port:
+        browser.get(f"http://127.0.0.1:{port}/?token={TOKEN}")
+        wait(browser, "return typeof item !== 'undefined' && item && $('keys').open")  # the guide comes first
+        assert guide.strip() in browser.execute_script("return $('keys').innerText")
+        press(browser, Keys.ESCAPE)
+        assert "kappa" not in browser.execute_script("return $('keys').textContent")
+        key("\u043f", "KeyG")  # the key G of a Russian layout
+        assert set(kept(run).values()) == {"good"} and len(kept(run)) == 1
+        for _ in range(11):
+            key("b", "KeyB")
+        wait(browser, "return !$('end').hidden && document.querySelectorAll('#summary li').length === 2")
+        assert browser.execute_script("return $('total').textContent").startswith(
+            "ann  of the hill, you have judged all 12"
+        )
+
+
+@pytest.mark.slow
+def test_a_verdict_that_is_lost_is_sent_again_once(browser, run):
+    server = Server(LabelBook(FeedbackStore(run)), "127.0.0.1", 0, TOKEN, labeller="Ann")
+    port = server.server_port
+
+    def started(server: Server) -> threading.Thread:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        return thread
+
+    def stop(server: Server, thread: threading.Thread) -> None:
+        server.shutdown()
+        thread.join()
+        for connection in list(server.connections):
+            server.shutdown_request(connection)
+        server.server_close()
+        server.book.store.close()
+
+    thread = started(server)
+    browser.get(f"http://127.0.0.1:{port}/?token={TOKEN}")
+    wait(browser, IDLE)
+    image = browser.execute_script("return slot().id")
+    stop(server, thread)
+    browser.switch_to.active_element.send_keys("g")
+    told = wait(browser, "return !$('error').hidden && $('error').textContent")
+    assert "Your last verdict is sent again" in told and not kept(run)
+    server = Server(LabelBook(FeedbackStore(run)), "127.0.0.1", port, TOKEN, labeller="Ann")
+    calls, judge = [], server.book.judge
+    server.book.judge = lambda *given: calls.append(given) or judge(*given)
+    thread = started(server)
+    wait(browser, IDLE)
+    assert kept(run) == {("Ann", image): "good"} and calls == [("Ann", image, "good")]
+    assert browser.execute_script("return $('error').hidden && past.length === 1")
+    stop(server, thread)

@@ -25,7 +25,7 @@ const MODES = {
 const KEPT = 12; // items whose images stay in memory
 const MOVE = 220; // milliseconds that a finished item stays, so that its last mark is seen
 
-let mode, labeller;
+let mode, labeller, enough;
 let item = null; // shown: { item: key, prompt, slots: [{ id, images, verdict, time }], pictures }
 let at = 0; // the image of it that is looked at
 let coming = []; // items in hand, their images loading
@@ -44,7 +44,7 @@ async function ask(path, body) {
   try {
     answer = await fetch(path, how);
   } catch {
-    throw new Error("The server does not answer; is it still running? All that shows a mark is saved.");
+    throw Object.assign(new Error("The server does not answer; is it still running? All that shows a mark is saved."), { lost: true });
   }
   if (!answer.ok) {
     const told = await answer.json().catch(() => ({}));
@@ -130,7 +130,7 @@ function fill(anew = false) {
 async function more(anew) {
   const who = labeller;
   const have = anew ? [] : [...passed, ...[item, ...coming, ...ahead].filter(Boolean).map((one) => one.item)];
-  const told = await get("/api/next", { labeller, without: have.slice(-50).join() });
+  const told = await get("api/next", { labeller, without: have.slice(-50).join() });
   if (who !== labeller) return;
   coming.push(...told.items.map(adopt));
   coming.forEach(load);
@@ -163,22 +163,31 @@ async function show(one, place) {
 }
 
 async function finish() {
-  const told = await get("/api/next", { labeller });
+  const told = await get("api/next", { labeller });
   item = null;
   if ($("zoom").open) $("zoom").close();
   progress(told.progress);
-  $("total").textContent = `${labeller}, you have judged all ${told.progress.total.toLocaleString("en")} ${mode === "label" ? "images" : "pairs"}.`;
+  const done = told.progress.done.toLocaleString("en"), what = mode === "label" ? "images" : "pairs";
+  const all = enough ? `all ${what} have been judged ${enough === 1 ? "once" : `${enough} times`}, ${done} of them by you.` : `you have judged all ${done} ${what}.`;
+  $("total").textContent = `${labeller}, ${all}`;
   turn("end");
   $("end").querySelector("h1").focus();
   say("All done, thank you.");
-  list("summary", (await get("/api/summary", {})).lines);
+  list("summary", (await get("api/summary", { labeller })).lines);
 }
 
 const slots = () => item.slots;
 const slot = () => item.slots[mode === "label" ? at : 0];
 
 async function save(one, value) {
-  const told = await (await ask("/api/judge", { labeller, image: one.id, verdict: value })).json();
+  const send = () => ask("api/judge", { labeller, image: one.id, verdict: value });
+  const answer = await send().catch(async (error) => {
+    if (!error.lost) throw error;
+    fail("The server does not answer; is it still running? Your last verdict is sent again when it is back.");
+    while (!(await fetch("api/setup", { cache: "no-store" }).catch(() => null))) await pause(500);
+    return send(); // once: what fails now is told
+  });
+  const told = await answer.json();
   Object.assign(one, { verdict: value, time: told.time });
   progress(told.progress);
 }
@@ -197,27 +206,35 @@ function judge(value) {
     const open = slots().findIndex((other) => other.verdict === null);
     const name = MODES[mode].verdicts.find((verdict) => verdict.value === value).name;
     if (open >= 0 || (before !== null && at + 1 < slots().length)) {
+      if ($("zoom").open) await held(); // the next image would hide the mark
       at = open >= 0 ? open : at + 1;
       draw();
       say(`${name}. ${where()}`);
       return;
     }
-    draw();
     say(`${name}.`);
-    moving = true;
-    await new Promise((done) => setTimeout(done, MOVE));
-    try {
-      await advance();
-    } finally {
-      moving = false;
-    }
+    await held(advance);
   });
 }
+
+// What was judged stays in sight for a moment, and keys do nothing, until what follows is shown.
+async function held(then) {
+  draw();
+  moving = true;
+  try {
+    await pause(MOVE);
+    await then?.();
+  } finally {
+    moving = false;
+  }
+}
+
+const pause = (time) => new Promise((done) => setTimeout(done, time));
 
 const undo = () => act(async () => {
   let last = past.at(-1);
   if (!last) { // after a reload: what the server had last
-    const told = await get("/api/back", { labeller });
+    const told = await get("api/back", { labeller });
     if (!told.item) return say("There is nothing to undo.");
     const one = adopt(told.item);
     const place = one.slots.reduce((best, other, i) => ((other.time ?? "") > (one.slots[best].time ?? "") ? i : best), 0);
@@ -232,7 +249,7 @@ const undo = () => act(async () => {
 
 const back = () => act(async () => {
   const times = item ? slots().map((one) => one.time).filter(Boolean).sort() : [];
-  const told = await get("/api/back", { labeller, before: times[0] ?? "" });
+  const told = await get("api/back", { labeller, before: times[0] ?? "" });
   if (!told.item) return say("There is nothing before this.");
   if (item) ahead.push(item);
   await show(adopt(told.item), 0);
@@ -263,7 +280,7 @@ async function help() {
   $("keys").showModal();
   if (mode === "compare") return; // who wins is told at the end
   list("so-far", ["…"]);
-  list("so-far", await get("/api/summary", {}).then((told) => told.lines, (error) => [error.message]));
+  list("so-far", await get("api/summary", labeller ? { labeller } : {}).then((told) => told.lines, (error) => [error.message]));
 }
 
 // -------------------------------------------------------------------------------------------------------- the page
@@ -277,7 +294,7 @@ function say(text) {
 }
 
 function list(id, lines) {
-  $(id).replaceChildren(...lines.map((line) => Object.assign(document.createElement("li"), { textContent: sentence(line) })));
+  $(id).replaceChildren(...lines.map((line) => Object.assign(document.createElement("li"), { textContent: `${line}.` })));
 }
 
 function where() {
@@ -323,8 +340,20 @@ function mark(i) {
   return Object.assign(document.createElement("span"), { className: `mark ${kind}`, textContent: text });
 }
 
+// In the zoom, where one image of a pair is seen, the verdict is told in words.
+function verdictInZoom() {
+  if (mode === "label" || slots()[0].verdict === null) return mark(at);
+  const told = { left: "Left is better", tie: "Tie", right: "Right is better" }[slots()[0].verdict];
+  return Object.assign(document.createElement("span"), { className: "mark chosen", textContent: told });
+}
+
 function draw() {
-  $("prompt").textContent = item.prompt;
+  if ($("prompt").textContent !== item.prompt) {
+    $("prompt").textContent = item.prompt;
+    $("prompt").scrollTop = 0;
+    $("work").classList.toggle("long", item.prompt.length > 100);
+    $("prompt").tabIndex = $("prompt").scrollHeight > $("prompt").clientHeight ? 0 : -1; // scrolled by keys, too
+  }
   const names = item.shown.map((_, i) => (mode === "label" ? `Image ${i + 1} of ${item.shown.length}` : ["Left image", "Right image"][i]));
   const held = document.activeElement?.classList.contains("card");
   $("cards").className = `of-${item.shown.length}`;
@@ -347,7 +376,7 @@ function draw() {
   $("stage").setAttribute("aria-label", `Zoom: ${names[at]}`);
   for (const button of $("dock").children) button.setAttribute("aria-pressed", String(button.value === slot().verdict));
   if ($("zoom").open) {
-    $("large").replaceChildren(picture(item.shown[at], names[at]));
+    $("large").replaceChildren(...[picture(item.shown[at], names[at]), verdictInZoom()].filter(Boolean));
     $("caption").textContent = `${item.prompt} · ${names[at]}`;
   }
 }
@@ -368,7 +397,7 @@ function dress() {
   const keys = told.verdicts.map((verdict) => [verdict.shown, verdict.name]);
   keys.push(...(mode === "label" ? [["← →", "choose an image (or 1 2 3)"]] : [["1 2", "choose the image to zoom"]]));
   keys.push(["U", "undo the last verdict"], ["P", "back to the item before"], ["N", "forward; what is left unjudged comes back later"]);
-  keys.push(["Z", "zoom in and out"], ["?", "this help"]);
+  keys.push(["Z", mode === "label" ? "zoom in and out" : "zoom in and out; there ← → move, and L T R judge"], ["?", "this help"]);
   $("list").replaceChildren(...keys.flatMap(([key, does]) => {
     const dt = document.createElement("dt");
     dt.append(...key.split(" ").flatMap((part) => [Object.assign(document.createElement("kbd"), { textContent: part }), " "]));
@@ -376,16 +405,25 @@ function dress() {
   }));
 }
 
+// What a key means: its letter, or its place on the keyboard where the layout has other letters there, such as Cyrillic.
+function meaning(event) {
+  const place = /^(?:Key|Digit)([A-Z0-9])$/.exec(event.code ?? "");
+  const other = event.key.length === 1 ? event.key > "~" : ["Process", "Unidentified"].includes(event.key);
+  return (other && place ? place[1] : event.key).toLowerCase();
+}
+
 document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && !$("begin").hidden && !$("cancel").hidden) return cancel();
   if (event.target instanceof HTMLInputElement || $("work").hidden && $("end").hidden) return;
-  const key = event.key.toLowerCase();
+  const key = meaning(event);
   if ((event.ctrlKey || event.metaKey) && key === "z" && !event.repeat) {
     event.preventDefault();
     return undo();
   }
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   if ($("keys").open) return key === "?" ? help() : undefined;
-  const verdict = MODES[mode].verdicts.find((known) => known.keys.includes(key));
+  const moves = $("zoom").open && key.startsWith("arrow"); // in the zoom arrows never judge
+  const verdict = moves ? undefined : MODES[mode].verdicts.find((known) => known.keys.includes(key));
   const does = verdict ? () => judge(verdict.value) : {
     u: undo, p: back, backspace: back, n: forward, z: zoom, "?": help,
     arrowleft: () => look(at - 1), arrowright: () => look(at + 1),
@@ -412,9 +450,16 @@ const start = (name) => act(async () => {
 });
 
 function greet() {
+  $("cancel").hidden = $("work").hidden && $("end").hidden;
   turn("begin");
   $("name").value = labeller ?? recall("localStorage") ?? "";
   $("name").focus();
+  $("name").select();
+}
+
+function cancel() {
+  turn(item ? "work" : "end");
+  $("who").focus();
 }
 
 $("form").addEventListener("submit", (event) => {
@@ -423,15 +468,22 @@ $("form").addEventListener("submit", (event) => {
   if (name) start(name);
 });
 $("who").addEventListener("click", greet);
+$("cancel").addEventListener("click", cancel);
+$("zoom").addEventListener("close", () => $("cards").children[at]?.firstChild.focus()); // drawn anew meanwhile
 for (const [id, does] of Object.entries({ undo, back, forward, closer: zoom, stage: zoom, shut: zoom, large: zoom, help,
   "undo-last": undo, "look-back": back })) $(id).addEventListener("click", () => does());
 
 act(async () => {
-  const setup = await get("/api/setup", {});
-  mode = setup.mode;
+  const setup = await get("api/setup", {});
+  [mode, enough] = [setup.mode, setup.enough];
   dress();
+  for (const place of document.querySelectorAll(".instructions")) {
+    place.textContent = setup.guide;
+    place.hidden = !setup.guide;
+  }
   $("names").replaceChildren(...setup.labellers.map((name) => Object.assign(document.createElement("option"), { value: name })));
   const name = setup.labeller ?? recall("sessionStorage");
-  if (name) start(name);
-  else greet();
+  if (!name) return greet();
+  start(name);
+  if (setup.guide && recall("sessionStorage") !== name) help(); // the first page, which shows it, is passed over
 });

@@ -1,0 +1,195 @@
+"""Stage 1 of the method: people label images in the browser: python -m minialign.label RUN
+
+A labeller sees three images of one prompt and labels each good, bad or skip (Lee et al. 2023, section 3.1), by one
+key per image. With --compare two pipelines' images of one prompt stand side by side, blind: which is better?
+
+The page is plain HTML, CSS and JavaScript (page/). The server listens on this machine alone unless --host is given, and
+answers only browsers that were opened with the address that it prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import secrets
+import threading
+import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from ..engine.commands import Parser, in_range, run_command
+from ..engine.settings import add_flags, add_run_flags, given
+from ..feedback import (
+    LONGEST_NAME,
+    SIMULATED,
+    FeedbackStore,
+    clean_name,
+    export_comparisons,
+    export_labels,
+    import_into_run,
+)
+from ..files import InputError, read_bytes
+from .book import LabelBook, number, summary
+from .comparison import ComparisonBook, compared
+from .server import Server
+
+TOKEN = "MINIALIGN_TOKEN"  # the environment variable; a command line can be read by every user of a machine
+GUIDE = 64 * 2**10  # bytes of a guide at most
+
+
+def _token(text: str, where: str) -> str:
+    if not re.fullmatch(r"[\w-]{16,128}", text, re.ASCII):
+        raise InputError(f"{where}: accepted: 16 to 128 letters, digits, - and _, hard to guess")
+    return text
+
+
+def _name(text: str) -> str:
+    clean = clean_name(text)
+    if clean is None or clean == SIMULATED:
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted: a name of 1 to {LONGEST_NAME} characters, a person's")
+    return clean
+
+
+def _origin(text: str) -> str:
+    try:
+        parts = urlsplit(text)
+        named = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0  # reads the port
+        right = named and not (parts.query or parts.fragment or "@" in parts.netloc)
+    except ValueError:
+        right = False
+    if not right:
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted: https://HOST or https://HOST/PATH")
+    return text.rstrip("/")
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="python -m minialign.label", description=(__doc__ or "").split("\n\n")[1])
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="a run's folder: feedback.sqlite and the images it names")
+    other = "another run, or a folder of images of the same names: show two images of a prompt, blind; which is better?"
+    add("--compare", type=Path, metavar="OTHER", help=other)
+    add("--labeller", type=_name, help="who labels (default: the page asks)")
+    guide = "instructions for labellers, shown as plain text on the first page and under Help"
+    add("--guide", type=Path, metavar="FILE.md", help=guide)
+    enough = "stop asking for an image once N people have labelled it (default: everybody labels every image)"
+    add("--labels-per-image", type=in_range(int, 1), metavar="N", help=enough)
+    add("--images", type=Path, metavar="FOLDER", help="a folder outside RUN from which images may be shown")
+    add("--port", type=in_range(int, 0, 65535), default=8765, help="0 takes any free port (default: 8765)")
+    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
+    add(
+        "--origin",
+        type=_origin,
+        metavar="URL",
+        help="address of the page behind a proxy, such as https://example.org/label",
+    )
+    token = f"file whose first line is the token (default: the environment's {TOKEN}, else a new one is made)"
+    add("--token-file", type=Path, metavar="FILE", help=token)
+    add("--no-browser", action="store_true", help="do not open the page")
+    instead = parser.add_mutually_exclusive_group()
+    files = "a file: .csv, .tsv or .jsonl"
+    written = f"write labels (with --compare: comparisons) to {files}"
+    instead.add_argument("--export", type=Path, metavar="FILE", help=written)
+    taken = "add the labels of a file, columns prompt, image, label; makes RUN where there is none"
+    instead.add_argument("--import", type=Path, metavar="FILE", dest="take", help=taken)
+    program = "label by the simulated annotator of the bundled model, no person"
+    instead.add_argument("--annotator", action="store_true", help=program)
+    agreement = "print how many labels there are and how far labellers agree"
+    instead.add_argument("--summary", action="store_true", help=agreement)
+    add_run_flags(parser)
+    add_flags(parser, "label")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.annotator:
+        annotate(args)
+        return
+    for flag, folder in (("--compare", args.compare), ("--images", args.images)):
+        if folder is not None and not folder.is_dir():
+            raise InputError(f"{flag} {folder}: not a folder")
+    if args.take is not None:
+        print(f"{args.run}: {number(import_into_run(args.run, args.take), 'new label')} from {args.take}")
+        return
+    if not (args.run / "feedback.sqlite").is_file():
+        raise InputError(f"{args.run}: no feedback.sqlite in it; accepted: a run's folder (--import FILE begins one)")
+    if args.summary:
+        print("\n".join(summary(args.run) if args.compare is None else compared(args.run, args.compare)))
+        return
+    store = FeedbackStore(args.run, read_only=args.export is not None)
+    try:
+        if args.export is not None:
+            count = (export_labels if args.compare is None else export_comparisons)(store, args.export)
+            print(f"{args.export}: {number(count, 'label' if args.compare is None else 'comparison')}")
+        else:
+            serve(store, args)
+    finally:
+        store.close()
+
+
+def annotate(args: argparse.Namespace) -> None:
+    """Labels of a run by the simulated annotator, which needs the stages' machinery: imported when asked for."""
+    from ..engine.run import is_run, opened
+    from .annotated import annotate_run
+
+    if not is_run(args.run):
+        raise InputError(f"{args.run}: not a run; accepted: a run of generate")
+    with opened(args.run) as run:
+        annotate_run(run, run.resolve(given(args), embedded=True), args.redo)
+    print("\n".join(summary(args.run)))
+
+
+def given_token(file: Path | None) -> str:
+    """The token of a file or of the environment, else a new one."""
+    if file is not None:
+        return _token(read_text(file, "--token-file").split("\n")[0].strip(), f"--token-file {file}")
+    text = os.environ.get(TOKEN)
+    return secrets.token_urlsafe(24) if text is None else _token(text, f"the environment's {TOKEN}")
+
+
+def read_text(file: Path, flag: str) -> str:
+    """A small text file that a flag names."""
+    if not file.is_file():
+        raise InputError(f"{flag} {file}: is not a file")
+    if file.stat().st_size > GUIDE:
+        raise InputError(f"{flag} {file}: has more than {GUIDE >> 10} KiB")
+    try:
+        return read_bytes(file).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{flag} {file}: cannot be read as text ({error}); accepted: UTF-8") from error
+
+
+def serve(store: FeedbackStore, args: argparse.Namespace) -> None:
+    """Serve the page until Ctrl+C; then say what there is."""
+    token, guide = given_token(args.token_file), read_text(args.guide, "--guide") if args.guide else ""
+    enough, roots = args.labels_per_image, [args.images] if args.images else []
+    book = LabelBook(store, roots, enough) if args.compare is None else ComparisonBook(store, args.compare, enough)
+    if not len(book.ids):
+        what = "no images" if args.compare is None else f"no image of a prompt that is in {args.compare} too"
+        raise InputError(f"{args.run}: its store holds {what}")
+    how = {"labeller": args.labeller, "guide": guide, "origin": args.origin}
+    try:
+        server = Server(book, args.host, args.port, token, **how)
+    except OSError as error:
+        where = f"--host {args.host} --port {args.port}"
+        raise InputError(f"{where}: cannot be listened on ({error.strerror}); --port 0 takes a free one") from error
+    items = number(len(book.ids), "image" if args.compare is None else "pair")
+    print(f"{items} at {server.address('token', token)}\nCtrl+C ends; every verdict is saved when the page marks it.")
+    if args.origin:
+        print(f"Through the proxy: {args.origin}/?token={token}")
+    print(end="", flush=True)
+    if not args.no_browser:
+        opened = server.address("once", server.once or "")  # other users can read a browser's command line
+        threading.Thread(target=webbrowser.open, args=(opened,), daemon=True).start()
+    with server:
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
+    print("\n".join(summary(args.run) if args.compare is None else compared(args.run, args.compare)))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,65 @@
+"""Labels from elsewhere than the label page: by the simulated annotator of the embedded world, or from a file."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data import open_image
+from ..engine.optimising import generator, progress
+from ..engine.run import Run, digest, judgements
+from ..feedback import SIMULATED, FeedbackStore, import_labels
+from ..files import InputError, read_bytes
+from ..shapes.world import WORLD, annotate, knows
+
+
+def annotate_run(run: Run, settings: dict[str, Any], redo: bool = False) -> None:
+    """The labels of a run, unless they are there: the simulated annotator judges a random subset of its images."""
+
+    def inputs() -> dict[str, str]:
+        store = FeedbackStore(run.folder)
+        try:
+            content = store.content()
+        finally:
+            store.close()
+        if run.world != WORLD or not knows([prompt for prompt, _ in content]):
+            raise InputError(f"{run.folder}: the simulated annotator can judge images of the bundled model alone")
+        return {"images": digest(json.dumps(content))}
+
+    why = f"the {SIMULATED} says good, bad or skip of {settings['labels']} images"
+    with run.stage("label", why, settings, inputs, redo=redo) as todo:
+        if todo:
+            annotate_images(run.folder, settings["labels"], settings["seed"])
+
+
+def annotate_images(folder: Path, number: int, seed: int) -> None:
+    """The simulated annotator's verdicts on `number` images of a run, or on all where there are fewer."""
+    store = FeedbackStore(folder)
+    try:
+        images = store.images()
+        order = torch.randperm(len(images), generator=generator(seed, 4))
+        chosen = [images[i] for i in sorted(order[:number].tolist())]
+        bar = progress(chosen, "label")
+        verdicts = [annotate([open_image(image.path)], [image.prompt])[0] for image in bar]
+        store.add_labels(SIMULATED, zip([image.id for image in chosen], verdicts))
+    finally:
+        store.close()
+
+
+def import_run(run: Run, file: Path, redo: bool = False) -> None:
+    """The labels of a run, unless they are there: those of a label file, and its images."""
+
+    def inputs() -> dict[str, str]:
+        return {"label file": digest(read_bytes(file))}
+
+    with run.stage("label", f"the labels of {file}", {}, inputs, redo=redo) as todo:
+        if todo:
+            with closing(FeedbackStore(run.folder)) as store:
+                alone = set(store.labellers()) <= {SIMULATED} and not store.comparison_rows()
+                import_labels(store, file)
+                if alone:  # then the file has all that a flag may remove
+                    run.stages["label"]["imported"] = judgements(store)
