@@ -1,63 +1,80 @@
-"""Stage 1 of the method: a pipeline draws images for prompts, from seeds that are kept: python -m minialign.generate
+"""Stage 1 of the method: a model generates images for prompts, from seeds that are kept: python -m minialign.generate
 
-Draws images of any pipeline for prompts and keeps them in a run's folder, ready to be labelled: images/ and
-feedback.sqlite, which names each image's prompt, file and seed. Batches that are drawn are kept: the same command goes
-on where it stopped.
+Generates images of any text-to-image model for prompts, and keeps them in a run's folder, ready to be labelled:
+images/, and feedback.sqlite with each image's prompt, file and seed. Finished batches are kept: the same command
+continues where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+import json
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from .command import Parser, in_range, run_command
-from .feedback import FeedbackStore, read_rows
-from .models.pretrained import InputError, read_bytes
-from .pipeline import Pipeline
-from .prompts import PAPER, SHAPES, Grammar, split
-from .runs import EMBEDDED_DEFAULTS, OWN_DEFAULTS, check_folder, locked, open_run, pick_device
-from .shapes.scenes import SIZE
-from .task import LAST_SEED, NOISES, noise_seed
-from .training import atomic, progress
+from .data.cache import pipeline_digest
+from .engine.commands import Parser, run_command
+from .engine.optimising import progress
+from .engine.processes import barrier, is_main_process, pick_device, processes
+from .engine.run import Run, digest, opened
+from .engine.settings import NOISES, add_flags, add_run_flags, given, of_stage
+from .feedback import FeedbackStore, read_prompts
+from .files import InputError, atomic
+from .pipeline import Pipeline, cut_warning
+from .prompts import PAPER, Grammar, recognise, split, spread
+from .shapes.world import GRAMMAR, WORLD
+
+Item = tuple[str, int]  # a prompt and the seed of its starting noise
 
 
-def draw(
-    pipe: Pipeline, items: Sequence[tuple[str, int]], *, steps: int, guidance: float, batch: int = 64, title: str = ""
+def noise_seed(run_seed: int, i: int, *, test: bool = False) -> int:
+    """The seed of a run's i-th starting noise; no two runs share one, nor feedback and test (i below NOISES)."""
+    return 1_000_000 + NOISES * (2 * run_seed + test) + i
+
+
+# ------------------------------------------------------------------------------------------------- images of a model
+def sample_images(
+    pipe: Pipeline, items: Sequence[Item], *, steps: int, guidance: float, batch: int = 64, title: str = "generate"
 ) -> Iterator[Image.Image]:
     """Images of (prompt, seed) items, in order; image and seed belong together whatever the batch size."""
-    bar = iter(progress(range(len(items)), title or "draw"))
+    bar = iter(progress(range(len(items)), title))
     for start in range(0, len(items), batch):
         chunk = items[start : start + batch]
         latents = pipe.noise([seed for _, seed in chunk])
-        for image in pipe.generate([text for text, _ in chunk], steps=steps, guidance=guidance, latents=latents):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of prompts that are cut: `check_sampling` says it once
+            images = pipe.generate([text for text, _ in chunk], steps=steps, guidance=guidance, latents=latents)
+        for image in images:
             next(bar)
             yield image
     next(bar, None)
 
 
-def draw_to_folder(
+def sample_to_folder(
     pipe: Pipeline,
-    items: Sequence[tuple[str, int]],
+    items: Sequence[Item],
     folder: Path,
     *,
     steps: int,
     guidance: float,
     batch: int,
-    title: str,
+    title: str = "generate",
     part: tuple[int, int] = (0, 1),
     finished: Callable[[range], None] = lambda rows: None,
 ) -> list[Path]:
-    """Draw (prompt, seed) items to folder/000000.png and so on; batches that are there already are kept.
+    """Sample (prompt, seed) items to folder/000000.png and so on; batches that are there already are kept.
 
-    A batch of which a part is missing is drawn again whole: arithmetic may differ in the last bit with the batch size.
-    part (k, n) draws every n-th batch from the k-th on, one process's share. `finished` is called with the rows of each
-    of these batches as soon as its images are on disk.
+    A batch of which an image is missing is sampled again whole: arithmetic may differ in the last bit with the batch
+    size. part (k, n) samples every n-th batch from the k-th on, one process's share. `finished` is called with the rows
+    of each of these batches as soon as its images are on disk.
     """
     paths = [folder / f"{i:06d}.png" for i in range(len(items))]
     batches = [range(start, min(start + batch, len(items))) for start in range(0, len(items), batch)]
@@ -68,7 +85,7 @@ def draw_to_folder(
         else:
             todo.append(rows)
     missing = [items[i] for rows in todo for i in rows]
-    images = draw(pipe, missing, steps=steps, guidance=guidance, batch=batch, title=title)
+    images = sample_images(pipe, missing, steps=steps, guidance=guidance, batch=batch, title=title)
     for rows in todo:
         for i, image in zip(rows, images):
             with atomic(paths[i]) as temporary:
@@ -79,117 +96,150 @@ def draw_to_folder(
     return paths
 
 
-def grammar_of(pipe: Pipeline) -> Grammar:
-    """The words of a pipeline's categories; the embedded model and its descendants, known by their size, have own."""
-    return SHAPES if pipe.image_size == (SIZE, SIZE) else PAPER
+def sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that sampling takes as arguments."""
+    return {"steps": settings["sampling_steps"], "guidance": settings["guidance"], "batch": settings["draw_batch"]}
 
 
-def fingerprint(pipe: Pipeline) -> str:
-    """CRC-32 of the UNet's weights, in hexadecimal: with others a run is another one."""
-    crc = 0
-    for weight in pipe.unet.parameters():
-        crc = zlib.crc32(weight.detach().float().cpu().numpy().tobytes(), crc)
-    return f"{crc:08x}"
+# ----------------------------------------------------------------------------------------------------------- the run
+def load_model(run: Run, given: Mapping[str, Any], device: torch.device, dtype: str = "float32") -> Pipeline:
+    """The model of a run: the one that is given, else the remembered one, else the embedded one.
 
-
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, each once: a line each, or the column `prompt` of .csv or of JSON lines (.jsonl, .json).
-
-    InputError names the file, the line and what is accepted.
+    InputError where it is not the one that the run was begun with.
     """
-    try:
-        text = read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: cannot be read as text ({error})") from error
-    if path.suffix.lower() in (".csv", ".jsonl", ".json"):
-        found = []
-        for number, row in read_rows(path, text):
-            if not str(row.get("prompt") or "").strip():
-                raise InputError(f"{path}, line {number}: no 'prompt'; column needed: prompt")
-            found.append(str(row["prompt"]))
+    source = run.source("model", given)
+    where: dict[str, Any] = {key: value for key in ("variant", "vae") if (value := run.source(key, given)) is not None}
+    pipe = Pipeline.from_pretrained(source, device=device, **where)
+    found, known = digest(pipeline_digest(pipe)), run.config.get("model_digest")
+    if known not in (None, found):
+        begun = run.settings.get("model") or "the embedded model"
+        raise InputError(
+            f"--model {source}: not the same as {begun}, which {run.folder} was begun with; accepted: that one, or "
+            "another folder"
+        )
+    run.config |= {"model_digest": found, "world": pipe.world}  # written when the first stage begins
+    if dtype != "float32":
+        pipe = Pipeline.from_pretrained(source, device=device, dtype=getattr(torch, dtype), **where)
+    return pipe
+
+
+def grammar_of(world: str) -> Grammar:
+    """The words of the categories of a model's prompts: the embedded world's, else the paper's."""
+    return GRAMMAR if world == WORLD else PAPER
+
+
+def planned(settings: Mapping[str, Any], world: str) -> list[str]:
+    """The prompt of each image that a run's settings ask for."""
+    if settings["prompts"] is None:
+        raise InputError("--prompts: needed; accepted: a file of prompts, or categories")
+    if settings["prompts"] == "categories":
+        prompts = [prompt.text for prompt in split(grammar_of(world), settings["seed"])[0]]
     else:
-        found = text.split("\n")
-    prompts = list(dict.fromkeys(prompt.strip() for prompt in found if prompt.strip()))
-    if not prompts:
-        raise InputError(f"{path}: no prompts; accepted: a prompt a line, or .csv or .jsonl with a column prompt")
-    return prompts
+        prompts = read_prompts(Path(settings["prompts"]))
+    number = settings["images_per_prompt"]
+    total = len(prompts) * number if number else settings["images"]
+    if total > NOISES:
+        raise InputError(f"--images-per-prompt: {len(prompts)} prompts x {number} images; accepted: {NOISES} in all")
+    if number:  # one prompt's images one after the other: people judge them side by side, from the first batch on
+        return [prompt for prompt in prompts for _ in range(number)]
+    categories = [found[0].category if (found := recognise(prompt)) else "" for prompt in prompts]
+    return spread(prompts, categories, total, random.Random(settings["seed"]))
 
 
-def generate(
-    pipe: Pipeline, prompts: Sequence[str], settings: dict[str, Any], folder: Path, batch: int, *, test: bool = False
-) -> int:
-    """Draw settings["images_per_prompt"] images of each prompt into the run `folder`; the number of images.
+def check_sampling(pipe: Pipeline, settings: Mapping[str, Any], prompts: Sequence[str]) -> None:
+    """InputError where the model cannot sample in so many steps; a warning names prompts that it would cut."""
+    pipe.schedule.timesteps(settings["sampling_steps"])
+    cut = cut_warning(pipe.tokenizer, list(dict.fromkeys(prompts)))
+    if cut and is_main_process():
+        print(f"warning: {cut}", file=sys.stderr)
 
-    `test`: from the starting noises that are kept for evaluation.
+
+def generate_images(
+    run: Run, settings: dict[str, Any], load: Callable[[], Pipeline], prompts: Sequence[str], redo: bool = False
+) -> None:
+    """Stage 1 of a run, unless it is done: an image of each of the prompts, in the store and in images/.
+
+    Several processes share the work. Prompt i starts from the run's i-th noise.
     """
-    number, seed = settings["images_per_prompt"], settings["seed"]
-    # the images of one prompt one after the other: people judge them side by side, from the first batch on
-    places = [(text, i * number + k) for i, text in enumerate(prompts) for k in range(number)]
-    items = [(text, noise_seed(seed, i, test=test)) for text, i in places]
-    store = FeedbackStore(folder)
+    items = [(text, noise_seed(settings["seed"], i)) for i, text in enumerate(prompts)]
 
-    def finished(rows: range) -> None:
-        store.add_images(((items[i][0], f"images/{i:06d}.png", items[i][1]) for i in rows), settings)
+    def inputs() -> dict[str, str]:
+        there = run.folder / "images" / "000000.png"
+        if "generate" not in run.stages and there.exists():
+            raise InputError(f"{there}: no image of this run; move it away first")
+        return {"prompts": digest(json.dumps(prompts)), "model": run.config["model_digest"]}
 
-    try:
-        draw_to_folder(
-            pipe, items, folder / "images", steps=settings["sampling_steps"], guidance=settings["guidance"],
-            batch=batch, title="generate", finished=finished,
-        )  # fmt: skip
-    finally:
-        store.close()
-    return len(items)
+    def add(rows: Sequence[int]) -> None:
+        how = {setting.name: settings[setting.name] for setting in of_stage("generate") if not setting.free}
+        store = FeedbackStore(run.folder)
+        try:
+            store.add_images(((items[i][0], f"images/{i:06d}.png", items[i][1]) for i in rows), how)
+        finally:
+            store.close()
+
+    why = f"the model generates {len(items)} images for {len(set(prompts))} prompts"
+    with run.stage("generate", why, settings, inputs, redo=redo, together=True) as todo:
+        if todo:
+            alone = processes()[1] == 1  # then people can label the first images while the others are made
+            finished = add if alone else lambda rows: None
+            sample_to_folder(
+                load(), items, run.folder / "images", **sampling(settings), part=processes(), finished=finished
+            )
+            barrier()
+            if is_main_process() and not alone:
+                add(range(len(items)))
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = Parser(prog="python -m minialign.generate", description=__doc__.split("\n\n")[1])
-    add = parser.add_argument
-
-    def tuned(flag: str, kind: Callable[[str], Any], what: str) -> None:
-        key = flag[2:].replace("-", "_")
-        add(flag, type=kind, help=f"{what} (default: {EMBEDDED_DEFAULTS[key]}; with --model: {OWN_DEFAULTS[key]})")
-
-    what = "file of prompts: a prompt a line, or .csv or .jsonl with a column prompt; categories: the paper's seen ones"
-    add("--prompts", required=True, help=f"{what}, or the embedded model's own")
-    add("--images-per-prompt", type=in_range(int, 1, NOISES), default=3, help="as many for each prompt (default: 3)")
-    add("--out", type=Path, required=True, help="the run's folder")
-    add("--model", help="folder, hub id or .safetensors file of the pipeline (default: the embedded one)")
-    add("--seed", type=in_range(int, 0, LAST_SEED), default=0, help="of noise and of the seen prompts (default: 0)")
-    tuned("--sampling-steps", in_range(int, 1, 1000), "steps of DDIM")
-    tuned("--guidance", in_range(float, 0), "weight of classifier-free guidance")
-    tuned("--batch-size", in_range(int, 1), "images drawn at once; may change when a run goes on")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the networks (default: float32)",
-    )
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps ... (default: cuda where there is one, else cpu)")
-    return parser.parse_args()
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="python -m minialign.generate", description=(__doc__ or "").split("\n\n")[1])
+    parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="the run's folder")
+    parser.add_argument("--out", type=Path, metavar="RUN", help="the same")
+    add_run_flags(parser)
+    add_flags(parser, "generate")
+    return parser.parse_args(arguments)
 
 
 def main() -> None:
     args = parse_arguments()
-    defaults = EMBEDDED_DEFAULTS if args.model is None else OWN_DEFAULTS
-    device = pick_device(args.device)
-    prompts = read_prompts(Path(args.prompts)) if args.prompts != "categories" else []
-    check_folder(args.out)
-    pipe = Pipeline.from_pretrained(args.model, device=device, dtype=getattr(torch, args.dtype))
-    prompts = prompts or [prompt.text for prompt in split(grammar_of(pipe), args.seed)[0]]
-    if len(prompts) * args.images_per_prompt > NOISES:
-        count = f"{len(prompts)} prompts x {args.images_per_prompt} images"
-        raise InputError(f"--images-per-prompt: {count} are more than {NOISES}, the most of a run")
-    settings = {key: getattr(args, key) for key in ("prompts", "images_per_prompt", "model", "seed", "dtype")}
-    for key in ("sampling_steps", "guidance"):
-        given = getattr(args, key)
-        settings[key] = defaults[key] if given is None else given
-    content = "\n".join(prompts).encode()  # a file that has changed makes another run
-    settings["prompts_crc32"] = f"{zlib.crc32(content):08x}"
-    settings["checkpoint_crc32"] = fingerprint(pipe)
-    with locked(args.out):
-        open_run(args.out, settings)
-        total = generate(pipe, prompts, settings, args.out, args.batch_size or min(64, defaults["batch_size"]))
-    print(f"{args.out}: {total} images of {len(prompts)} prompts. Next: python -m minialign.label {args.out}")
+    folder = args.run or args.out
+    if folder is None or None not in (args.run, args.out):
+        raise InputError("RUN: the run's folder is needed, once")
+    device, flags = pick_device(args.device), given(args)
+    if flags.get("images_per_prompt") and flags.get("images"):
+        raise InputError("--images and --images-per-prompt exclude each other")
+    if flags.get("prompts") not in (None, "categories"):
+        read_prompts(Path(flags["prompts"]))  # a mistake is told before the folder is made
+    with opened(folder) as run:
+
+        @cache
+        def load() -> Pipeline:
+            return load_model(run, flags, device)
+
+        load()
+        settings = run.resolve(flags, embedded=bool(run.world))
+        settings |= per_prompt(run, settings, flags)
+        prompts = planned(settings, run.world)
+        check_sampling(load(), settings, prompts)
+        generate_images(run, settings, sampler(run, settings, flags, device, load), prompts, args.redo)
+    print(f"{folder}: {len(prompts)} images of {len(set(prompts))} prompts. Next: python -m minialign.label {folder}")
+
+
+def sampler(
+    run: Run, settings: Mapping[str, Any], flags: Mapping[str, Any], device: torch.device, load: Callable[[], Pipeline]
+) -> Callable[[], Pipeline]:
+    """What loads the run's model to sample with: `load`, the float32 one, unless --sampling-dtype is another."""
+    dtype = settings["sampling_dtype"]
+    return load if dtype == "float32" else partial(load_model, run, flags, device, dtype)
+
+
+def per_prompt(run: Run, settings: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """How many images: as many of each prompt of a file, unless the number of all is given; else the defaults."""
+    if flags.get("images"):
+        return {"images_per_prompt": None}
+    asked = "generate" in run.stages or settings["images_per_prompt"] is not None
+    if settings["prompts"] != "categories" and not asked:
+        return {"images_per_prompt": 3}
+    return {}
 
 
 if __name__ == "__main__":

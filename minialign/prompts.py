@@ -1,10 +1,9 @@
 """Stage 1 of the method: the prompts people judge, and the contrastive prompts of the reward's auxiliary loss.
 
-The paper (Lee et al. 2023, section 3.1) asks for four things in a picture: the number of objects, their
-color, the background, and combinations of the three. A `Grammar` holds the words; a `Prompt` is one sentence of it
-together with the words it fixes, so that a contrastive prompt (another count, color, background or object) is found
-by exchanging words instead of by asking a language model. SHAPES are the embedded world's words, PAPER the paper's;
-of any other sentence the contrastive prompts are the sentences beside it (`contrastive_texts`).
+The prompts of Lee et al. 2023, section 3.1, name a number of objects, their color, the background, or all three. A
+`Grammar` holds the words. A `Prompt` is one sentence together with its words, so that contrastive prompts (another
+count, color, background or object) are found by comparing words (`contrastive_prompts`). SHAPES has the words of the
+embedded world, PAPER those of prompts like the paper's.
 """
 
 from __future__ import annotations
@@ -69,9 +68,9 @@ SHAPES = Grammar(
     objects=("circle", "square", "triangle", "star"),
     backgrounds=("at night", "on the grass", "in the snow", "on the sand"),
 )
-# Recalled of Lee et al. 2023, not copied from it: the four categories, counts from one to six, "a green colored dog",
-# the places, the first seven objects, some 2,700 prompts. Ours: the other objects, the colors, the prepositions, the
-# combinations drawn at random, and how many: `split` then has 2,702 seen prompts, as many as the paper's.
+# The templates and numbers of Lee et al. 2023: 25 objects with a count from one to six, one of nine colors, one of
+# eight backgrounds, or all three; about 2,700 prompts. Which words it has is not known to us in full: these are ours.
+# So is the random choice of combinations, whose number gives `split` 2,702 seen prompts.
 PAPER = Grammar(
     counts=("one", "two", "three", "four", "five", "six"),
     colors=("red", "yellow", "green", "blue", "black", "pink", "purple", "white", "brown"),
@@ -132,25 +131,6 @@ def exchange(prompt: Prompt, attribute: str, grammar: Grammar, rng: random.Rando
     return replace(prompt, **changed)
 
 
-def contrastive(prompt: Prompt, number: int, grammar: Grammar, rng: random.Random) -> list[Prompt]:
-    """`number` different prompts with other semantics than `prompt`, for the prompt classification loss.
-
-    Each exchanges at least one of the words that `prompt` fixes (paper, section 3.2); more words are exchanged at
-    random so that near and far prompts are both met. Fewer come back only where the grammar has no more.
-    """
-    fixed = [a for a in ATTRIBUTES if getattr(prompt, a) is not None]
-    possible = 1
-    for attribute in fixed:
-        possible *= len(grammar.words(attribute))
-    found: dict[Prompt, None] = {}
-    while len(found) < min(number, possible - 1):
-        other = prompt
-        for attribute in rng.sample(fixed, rng.choice((1, 1, 2, len(fixed)))):
-            other = exchange(other, attribute, grammar, rng)
-        found[other] = None
-    return list(found)
-
-
 def corrupt(prompt: Prompt, noise: Mapping[str, float], grammar: Grammar, rng: random.Random) -> Prompt:
     """A caption with mistakes: the word for each attribute is exchanged for another with probability `noise` of it."""
     for attribute, probability in noise.items():
@@ -170,13 +150,38 @@ def recognise(text: str) -> tuple[Prompt, Grammar] | None:
     return next(((prompt, grammar) for prompt, grammar in found if prompt is not None), None)
 
 
-def contrastive_texts(text: str, number: int, others: Sequence[str], rng: random.Random) -> list[str]:
-    """At most `number` different sentences of other semantics than `text`: by its grammar, else from `others`."""
+def contrastive_prompts(text: str, number: int, others: Sequence[str], rng: random.Random) -> list[str]:
+    """At most `number` of the prompts `others` with other semantics than `text`, for the prompt classification loss.
+
+    Of a prompt of a grammar those that contradict it, with another count, color, background or object (Lee et al. 2023,
+    section 3.2); what one of them leaves open does not. Any other two sentences are taken to differ.
+    """
     known = recognise(text)
-    if known is not None:
-        return [prompt.text for prompt in contrastive(known[0], number, known[1], rng)]
-    different = [other for other in dict.fromkeys(others) if other != text]
+    different = [other for other in dict.fromkeys(others) if known is None or _differs(other, *known)]
     return rng.sample(different, min(number, len(different)))
+
+
+def _differs(text: str, prompt: Prompt, grammar: Grammar) -> bool:
+    found = parse(text, grammar)
+    if found is None:
+        return True
+    words = [(getattr(found, attribute), getattr(prompt, attribute)) for attribute in ATTRIBUTES]
+    return any(None not in both and both[0] != both[1] for both in words)
+
+
+def spread(prompts: Sequence[str], categories: Sequence[str], number: int, rng: random.Random) -> list[str]:
+    """`number` prompts, every category equally often and within it every prompt, in random order.
+
+    categories[i] is the category of prompts[i]; "" is that of sentences of no grammar.
+    """
+    present = [category for category in (*CATEGORIES, "") if category in categories]
+    chosen: list[str] = []
+    for i, category in enumerate(present):
+        pool = [prompt for prompt, its in zip(prompts, categories) if its == category]
+        share = number // len(present) + (i < number % len(present))
+        rounds = [rng.sample(pool, len(pool)) for _ in range(-(-share // len(pool)))]
+        chosen += [prompt for one in rounds for prompt in one][:share]
+    return chosen
 
 
 @cache

@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from comparisons import SMALL_UNET
+from helpers import own_images
 from safetensors.torch import load_file, save_file
-from test_finetune import own_images
 
-from minialign import NoiseSchedule, Pipeline, training
-from minialign.finetune import Latents, finetune
+from minialign import NoiseSchedule, Pipeline
+from minialign.engine.checkpoints import checkpoints
+from minialign.engine.processes import gather_weights, is_main_process, process_group
+from minialign.files import InputError
+from minialign.finetune import FineTuning, Latents, TrainingData, finetune
 from minialign.models.pretrained import EMBEDDED
 from minialign.models.unet import UNet
-from minialign.training import checkpoints, gather_weights, joined, leading
 
 SMALL = SMALL_UNET | {"block_out_channels": [8, 16], "norm_num_groups": 4, "sample_size": 4}
 STEPS = 20
@@ -37,7 +39,7 @@ def fine_tuned(folder: Path, parallel: str = "ddp", dies_at: int | None = None, 
     def die(*_):
         nonlocal calls
         calls += 1
-        if calls == dies_at and not leading() and not died.exists():
+        if calls == dies_at and not is_main_process() and not died.exists():
             died.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -46,11 +48,12 @@ def fine_tuned(folder: Path, parallel: str = "ddp", dies_at: int | None = None, 
             unet(torch.zeros(1, 4, 4, 4), torch.tensor([5]), torch.zeros(1, 5, 6))
 
     unet.register_forward_pre_hook(die)
-    finetune(
-        unet, NoiseSchedule.from_config({}), [context], images, torch.rand(12, generator=g), pairs, folder / parallel,
-        steps=STEPS, beta=0.5, batch_size=9, pretrain_share=0.3, peak_learning_rate=1e-3, checkpoint_every=10,
-        parallel=parallel, ema=0.9, validate=validate, validate_every=5, **how,
+    data = TrainingData([context], images, torch.rand(12, generator=g), pairs)
+    settings = FineTuning(
+        steps=STEPS, beta=0.5, batch_size=9, pretrain_fraction=0.3, learning_rate=1e-3, checkpoint_every=10,
+        parallel=parallel, ema=0.9, validate_every=5, **how,
     )  # fmt: skip
+    finetune(unet, NoiseSchedule.from_config({}), data, folder / parallel, settings, validate=validate)
     gather_weights(unet)
     return {name: p.detach() for name, p in unet.named_parameters()}
 
@@ -111,6 +114,27 @@ def test_a_killed_worker_is_restarted_and_reaches_the_same_weights(two, tmp_path
         assert all(torch.equal(end[key], undisturbed[key]) for key in end)
 
 
+LATE = """
+import os, sys, time
+import torch
+from minialign.engine.processes import is_main_process, process_group
+with process_group(torch.device("cpu")):
+    if is_main_process():
+        time.sleep(3)
+        open(sys.argv[1], "w").close()
+os.abort() if os.environ["RANK"] == "1" else time.sleep(1)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_at_its_exit_costs_no_file(tmp_path):
+    """torchrun kills all processes where one fails, as some do amid the end of their threads: not before the report."""
+    (tmp_path / "late.py").write_text(LATE)
+    with pytest.raises(AssertionError, match="SIGABRT"):
+        launch(str(tmp_path / "late.py"), str(tmp_path / "report.html"))
+    assert (tmp_path / "report.html").exists()
+
+
 def test_parts_of_a_batch_make_the_same_step(tmp_path):
     """Four parts of six images and three pairs: neither splits evenly. Clipping tells gradients of another size."""
     whole, parts = (fine_tuned(tmp_path / f"{n}", accumulate=n, clip_norm=2.0) for n in (1, 4))
@@ -120,7 +144,7 @@ def test_parts_of_a_batch_make_the_same_step(tmp_path):
 
 
 def test_more_parts_than_images_are_refused(tmp_path):
-    with pytest.raises(training.InputError, match="6 rows of model images cannot be split into 7 parts"):
+    with pytest.raises(InputError, match="6 rows of model images cannot be split into 7 micro-batches"):
         fine_tuned(tmp_path, accumulate=7)
 
 
@@ -151,9 +175,9 @@ def test_the_command_runs_under_torchrun(tmp_path, how):
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     torch.set_num_threads(1)
-    with joined(torch.device("cpu")):
+    with process_group(torch.device("cpu")):
         dies_at = 14 if os.environ["TORCHELASTIC_MAX_RESTARTS"] == "2" else None
         for how in ("ddp", "fsdp"):
             weights = fine_tuned(place, how, dies_at)
-            if leading():
+            if is_main_process():
                 save_file(weights, place / f"{how}.safetensors")

@@ -1,286 +1,431 @@
-"""Intervals, distances, diversity and best of N against closed forms and counts; the command that compares."""
+"""What models are compared on, what judges say of their images, and the command that compares."""
 
-import itertools
 import json
-import math
 import random
 import shutil
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import command
 from PIL import Image
 
 from minialign import CLIP, Pipeline, RewardModel, evaluate
-from minialign.command import run_command
-from minialign.evaluate import (
-    Drawn,
-    best_of,
-    best_of_curves,
-    by_group,
-    chosen_prompts,
-    cmmd,
-    compare,
-    diversity,
-    frechet_distance,
-    judge_both,
-    paired_interval,
-    wilson_interval,
+from minialign.engine.run import Run
+from minialign.engine.settings import defaults
+from minialign.evaluate import compare_models, test_items, write_results
+from minialign.evaluate.__main__ import main
+from minialign.evaluate.judges import (
+    FEATURES,
+    Judged,
+    TestItem,
+    distances,
+    judge_model,
+    reference_features,
+    reference_images,
 )
+from minialign.evaluate.tables import SAMPLES, best_of_curves, by_group, samples
 from minialign.feedback import FeedbackStore
-from minialign.generate import generate
+from minialign.files import InputError
+from minialign.generate import noise_seed
+from minialign.measures import cmmd, diversity, frechet_distance, paired_interval, wilson_interval
 from minialign.models.pretrained import EMBEDDED
-from minialign.prompts import SHAPES, split
-from minialign.runs import open_run
-from minialign.shapes.task import shapes_task
-from minialign.task import noise_seed
+from minialign.models.reward import embed_images
+from minialign.prompts import CATEGORIES, PAPER, SHAPES, parse, split, spread
+from minialign.shapes.world import drawings, knows, shown
+
+test_items.__test__ = TestItem.__test__ = False  # pytest would collect them
+CPU = torch.device("cpu")
+SMALL = {"test_images": 6, "test_images_per_prompt": 3, "sampling_steps": 6, "guidance": 3.0}
+TWO = {"test_images": 2, "test_images_per_prompt": None}
+SEEN = [prompt.text for prompt in split(SHAPES)[0]]
 
 
-def test_wilson_interval_solves_its_equation():
-    for good, total in ((3, 10), (50, 100), (0, 20), (20, 20)):
-        low, high = wilson_interval(good, total)
-        for p in (low, high):  # the interval's ends are the p whose score test is exactly at z
-            if 0 < p < 1:
-                assert abs(good / total - p) == pytest.approx(1.96 * math.sqrt(p * (1 - p) / total), rel=1e-9)
-    assert wilson_interval(0, 0) == [0.0, 1.0]
+def run_of(folder: Path, texts: list[str], world: str = "shapes", **settings) -> Run:
+    """A run as generate leaves it, with an image of each of the prompts."""
+    run = Run(folder)
+    (folder / "images").mkdir(parents=True)
+    own = defaults(embedded=bool(world))
+    run.remember({key: own[key] for key in ("model", "seed", "prompts", "images")} | settings, world=world)
+    images = drawings(texts, 7) if knows(texts) else [Image.new("RGB", (32, 32), (i, 0, 0)) for i in range(len(texts))]
+    store = FeedbackStore(folder)
+    for i, image in enumerate(images):
+        image.save(folder / "images" / f"{i:06d}.png")
+    store.add_images((text, f"images/{i:06d}.png", i) for i, text in enumerate(texts))
+    store.close()
+    return run
 
 
-def test_paired_interval_is_the_normal_one():
-    before, after = [0, 0, 1, 1.0], [1, 0, 1, 1.0]
-    half = 1.96 * math.sqrt(0.25 / 4)  # the gains 1, 0, 0, 0 have variance 1/4
-    assert paired_interval(before, after, list("abcd")) == pytest.approx([0.25 - half, 0.25 + half])
+def settings_of(run: Run, **more) -> dict:
+    return run.resolve({"sampling_steps": 1, "guidance": 1.0} | more, embedded=bool(run.world))
 
 
-def test_repeating_a_prompt_is_no_new_evidence():
-    before, after, prompts = [0, 0, 1, 1.0], [1, 0, 1, 1.0], list("abcd")
-    once = paired_interval(before, after, prompts)
-    assert paired_interval(before * 5, after * 5, prompts * 5) == pytest.approx(once)
+# ------------------------------------------------------------------------------------------------ what is asked
+def test_the_embedded_world_is_tested_on_seen_and_unseen_prompts_of_all_categories(tmp_path):
+    run = run_of(tmp_path / "run", SEEN[:6], seed=0)
+    items = test_items(run, settings_of(run, test_images=80))
+    seen, unseen, others = ({prompt.text for prompt in part} for part in split(SHAPES))
+    assert Counter(item.groups for item in items) == {(c, s): 10 for c in CATEGORIES for s in ("seen", "unseen")}
+    assert all(item.prompt in (seen if "seen" in item.groups else unseen) for item in items)
+    assert all(parse(item.prompt, SHAPES).category in item.groups for item in items)
+    assert [item.seed for item in items] == [noise_seed(0, i, test=True) for i in range(80)]
+    # the order that runs have had so far: one generator for the prompts of the feedback and those of the test
+    rng, parts = random.Random(0), [[prompt.text for prompt in part] for part in split(SHAPES)[:2]]
+    kinds = [[parse(text, SHAPES).category for text in part] for part in parts]
+    spread(parts[0], kinds[0], 2560, rng)
+    assert [item.prompt for item in items] == [text for part in zip(parts, kinds) for text in spread(*part, 40, rng)]
+    other = test_items(run_of(tmp_path / "1", SEEN[:0], seed=1), defaults(True) | {"seed": 1})
+    assert not {item.seed for item in other} & {item.seed for item in items}
 
 
-def test_compare_counts_by_group():
-    table = compare([("count", "seen"), ("color", "seen"), ("count", "unseen")], list("abc"), [1, 0, 0], [1, 1, 0])
-    assert table["before"] == {"overall": pytest.approx(1 / 3), "count": 0.5, "seen": 0.5, "color": 0.0, "unseen": 0.0}
-    assert table["after"]["overall"] == pytest.approx(2 / 3)
-    assert table["ci95"]["after"]["seen"] == wilson_interval(2, 2)
+def test_several_images_of_a_prompt_start_from_noise_of_their_own(tmp_path):
+    run = run_of(tmp_path / "run", SEEN[:6])
+    items = test_items(run, settings_of(run, test_images=40, test_images_per_prompt=5))
+    assert [item.prompt for item in items[::5] for _ in range(5)] == [item.prompt for item in items]
+    assert len({item.prompt for item in items}) == 8 and len({item.seed for item in items}) == 40
+    few = test_items(run, settings_of(run, test_images=2, test_images_per_prompt=3))
+    assert len(few) == 6 and [item.groups[1] for item in few] == ["seen"] * 3 + ["unseen"] * 3
 
 
-def test_frechet_distance_of_gaussians_with_one_basis():
-    """Commuting covariances: |m1 - m2|^2 + sum (s1 - s2)^2 of the standard deviations along the shared axes."""
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(4000, 3, generator=g, dtype=torch.float64)
-    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T  # exactly white
-    s1, s2 = torch.tensor([1.0, 2, 0.5]).double(), torch.tensor([2.0, 1, 0.5]).double()
-    shift = torch.tensor([1.0, 0, -2]).double()
-    basis = torch.linalg.qr(torch.randn(3, 3, generator=g, dtype=torch.float64))[0]
-    distance = frechet_distance((x * s1) @ basis, (x * s2 + shift) @ basis)
-    assert distance == pytest.approx(5 + 2, rel=1e-6)
-    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
-    assert frechet_distance(x, x[:1]) is None
+def test_another_seed_of_the_test_deals_no_prompt_out_again(tmp_path):
+    """What is unseen is what the run was begun with: a prompt with feedback stays a seen one."""
+    run = run_of(tmp_path / "run", SEEN)
+    items = test_items(run, settings_of(run, seed=5, test_images=80))
+    unseen = {prompt.text for prompt in split(SHAPES)[1]}
+    assert all(item.prompt in (SEEN if "seen" in item.groups else unseen) for item in items)
+    assert [item.seed for item in items] == [noise_seed(5, i, test=True) for i in range(80)]
 
 
-def test_a_model_gains_nothing_over_itself(tmp_path):
-    """Both sides draw from the same noise, so that the same pipeline's pairs are equal to the last bit."""
-    pipe, task = Pipeline.from_pretrained(), shapes_task(8, 4, 16, 4, seed=3)
-    how = {"steps": 2, "guidance": 2.0}
-    reward = RewardModel({"width": 64, "hidden": 8})
-    judged = judge_both(lambda: pipe, lambda: pipe, task, CLIP.from_pretrained(), reward, how, tmp_path)
-    assert judged["alignment"]["before"] == judged["alignment"]["after"]
-    assert judged["alignment"]["ci95"]["gain"]["overall"] == [0.0, 0.0]
-    for name in ("fidelity", "readable", "mean_reward"):
-        assert judged[name]["before"] == judged[name]["after"]
-    samples = json.loads((tmp_path / "samples.json").read_text())["samples"]
-    pictures = [[(tmp_path / sample[side]["image"]).read_bytes() for sample in samples] for side in ("before", "after")]
-    assert pictures[0] == pictures[1] and len(set(pictures[0])) == len(samples) == 16
+def test_prompts_of_a_run_are_seen_and_those_that_its_grammar_holds_out_are_not(tmp_path):
+    held_out = {prompt.text for prompt in split(SHAPES)[1]}
+    of_world = [prompt.text for prompt in split(SHAPES)[2]][:5]  # of the embedded world, with other feedback
+    dogs = ["three dogs", "a green colored dog"]
+    for number, (texts, world, unseen) in enumerate(
+        [
+            (of_world, "shapes", held_out),
+            (of_world, "", held_out),
+            (dogs, "", {prompt.text for prompt in split(PAPER)[1]}),
+            ([*dogs, "a fox"], "", set()),
+        ]
+    ):
+        run = run_of(tmp_path / str(number), texts, world)
+        items = test_items(run, settings_of(run, test_images=24))
+        known = [item.prompt for item in items if "seen" in item.groups]
+        assert set(known) == set(texts), number
+        assert {item.prompt for item in items} - set(known) <= unseen - set(texts), number
+        assert len(items) - len(known) == (12 if unseen else 0) and len(items) == 24
+    assert Counter(item.groups for item in items)["seen",] == 8  # of three prompts in turn, one of no category
 
 
-def test_diversity_is_the_mean_cosine_distance_within_prompts():
-    features = torch.tensor([[1.0, 0], [0, 2], [3, 0], [-1, 0], [5, 5]])
-    prompts = ["a", "a", "b", "b", "c"]
-    assert diversity(features, prompts) == pytest.approx((1 + 2) / 2)
-    assert diversity(features, list("abcde")) is None
+def test_prompts_of_a_file_are_seen_where_they_have_images(tmp_path):
+    run, file = run_of(tmp_path / "run", SEEN[:6]), tmp_path / "mine.txt"
+    known = SEEN[0]
+    file.write_text(f"a fox\n{known}\nthree dogs\n")
+    items = test_items(run, settings_of(run, test_images=6), file)
+    groups = {item.prompt: item.groups for item in items}
+    assert groups == {"a fox": ("unseen",), known: (parse(known, SHAPES).category, "seen"),
+                      "three dogs": ("count", "unseen")}  # fmt: skip
+    file.write_text("a fox\na ship\n")
+    assert {item.groups for item in test_items(run, settings_of(run), file)} == {("unseen",)}
+    with pytest.raises(InputError, match="no prompts to compare on; accepted: a run with images, or --prompts FILE"):
+        test_items(Run(tmp_path), defaults(False))
 
 
-def test_cmmd_is_the_papers_double_loop():
-    """1 / m(m-1) sum k(x,x') + 1 / n(n-1) sum k(y,y') - 2 / mn sum k(x,y), times 1000, on unit vectors."""
-    g = torch.Generator().manual_seed(0)
-    x, y = torch.randn(7, 5, generator=g, dtype=torch.float64), torch.randn(4, 5, generator=g, dtype=torch.float64) + 1
-    unit = [[[float(v) / math.sqrt(sum(float(w) ** 2 for w in row)) for v in row] for row in part] for part in (x, y)]
-
-    def kernel(a, b):
-        return math.exp(-sum((p - q) ** 2 for p, q in zip(a, b)) / (2 * 10.0**2))
-
-    same = [
-        sum(kernel(a, b) for i, a in enumerate(part) for j, b in enumerate(part) if i != j)
-        / (len(part) * (len(part) - 1))
-        for part in unit
-    ]
-    across = sum(kernel(a, b) for a in unit[0] for b in unit[1]) / 28
-    assert cmmd(x, y) == pytest.approx(1000 * (same[0] + same[1] - 2 * across), rel=1e-9)
-    assert cmmd(3 * x, y) == pytest.approx(cmmd(x, y)) == pytest.approx(cmmd(y, x))
-    assert cmmd(x, x[:1]) is None
-    many = torch.randn(2100, 5, generator=g)  # more rows than are taken at once; the same distribution
-    assert abs(cmmd(many[:1050], many[1050:])) < 0.05
+# -------------------------------------------------------------------------------------------- what is answered
+def side(name: str, **judged) -> Judged:
+    values = {key.replace("_", " "): value for key, value in judged.items()}
+    number = len(next(iter(values.values())))
+    paths = [Path(f"{name}-{i}.png") for i in range(number)]
+    return Judged(name, name, Path(), paths, torch.eye(number), values, [None] * number, None)
 
 
-@pytest.mark.parametrize("ties", [False, True])
-def test_best_of_equals_all_sets(ties):
-    rng = random.Random(0)
-    scores = [rng.choice((0.1, 0.5, 0.9)) if ties else rng.random() for _ in range(7)]
-    outcomes = [rng.random() for _ in range(7)]
-    for number, value in enumerate(best_of(scores, outcomes), 1):
-        found = []
-        for chosen in itertools.combinations(range(7), number):
-            top = [outcomes[i] for i in chosen if scores[i] == max(scores[j] for j in chosen)]
-            found.append(sum(top) / len(top))  # among equals one at random
-        assert value == pytest.approx(sum(found) / len(found), rel=1e-12)
-    assert best_of(scores, outcomes)[0] == pytest.approx(sum(outcomes) / 7) and len(best_of([1.0], [0.0])) == 1
-
-
-def side(name, **judged):
-    return Drawn(name, name, Path(), torch.zeros(0), {key.replace("_", " "): value for key, value in judged.items()}, 1)
+def items_of(texts: str, *groups: tuple[str, ...]) -> list[TestItem]:
+    return [TestItem(text, i, groups[i % len(groups)] if groups else ()) for i, text in enumerate(texts)]
 
 
 def test_groups_count_what_was_judged():
-    prompts, groups = list("aabb"), [("count", "seen")] * 2 + [("color", "seen")] * 2
+    items = items_of("aabb", *[("count", "seen")] * 2, *[("color", "seen")] * 2)
     sides = [
         side("A", people=[1.0, None, 0.0, 0.0]),
         side("B", people=[1.0, 1.0, 1.0, None]),
         side("C", reward=[0.5] * 4),
     ]
-    table = by_group(sides, "people", prompts, groups)
+    table = by_group(sides, "people", items)
     assert set(table) == {"A", "B"} and set(table["A"]) == {"overall", "count", "seen", "color"}
     assert table["A"]["overall"] == {"value": pytest.approx(1 / 3), "n": 3, "ci95": wilson_interval(1, 3)}
     assert table["B"]["overall"]["gain"] == 0.5  # of the two that have both: 1 to 1, 0 to 1
     assert table["B"]["overall"]["gain_ci95"] == paired_interval([1, 0], [1, 1], ["a", "b"])
     assert table["B"]["color"]["value"] == 1.0 and table["B"]["color"]["n"] == 1
-    numbers = by_group(sides, "reward", prompts, groups)["C"]["count"]
+    numbers = by_group(sides, "reward", items)["C"]["count"]
     assert numbers["ci95"] == paired_interval([0, 0], [0.5, 0.5], ["a", "a"]) and "gain" not in numbers
+
+
+def test_one_prompt_has_no_interval_and_none_leaves_its_range():
+    sides = [side(name, people=[value] * 2, CLIP_score=[value] * 2) for name, value in (("A", 0.0), ("B", 1.0))]
+    for judge in ("people", "CLIP score"):
+        found = by_group(sides, judge, items_of("aa", ("seen",)))["B"]["overall"]
+        assert found["gain"] == 1.0 and found["gain_ci95"] is None
+    sides = [side("A", reward=[0.9, 0.8], CLIP_score=[0.9, 0.8]), side("B", reward=[0.1, 0.1], CLIP_score=[-1, 1.0])]
+    for judge, least in (("reward", 0), ("CLIP score", -1)):
+        table = by_group(sides, judge, items_of("ab", ("seen",)))
+        assert table["A"]["overall"]["ci95"][1] == 1
+        assert table["B"]["overall"]["ci95"][0] == (pytest.approx(0.1) if least == 0 else -1)
+        assert table["B"]["overall"]["gain_ci95"][0] == least - 1
 
 
 def test_curves_are_means_over_prompts_that_are_judged_whole():
     sides = [side("A", reward=[0.1, 0.9, 0.3, 0.2], people=[0.0, 1.0, 0.0, None], CLIP_score=[0.2, 0.1, 0.1, 0.2])]
-    curves = best_of_curves(sides, list("aabb"))
+    curves = best_of_curves(sides, items_of("aabb"))
     assert curves["reward"]["reward"]["A"]["value"] == pytest.approx([(0.5 + 0.25) / 2, (0.9 + 0.3) / 2])
     assert curves["reward"]["people"]["A"]["value"] == [0.5, 1.0]  # of a alone: of b one was not judged
     assert curves["CLIP score"]["people"]["A"]["value"] == [0.5, 0.0] and "CLIP score" not in curves["CLIP score"]
     means, names = [0.9, 0.3], ["0", "1"]
-    assert curves["reward"]["reward"]["A"]["ci95"][1] == paired_interval([0, 0], means, names)
-    alone = best_of_curves([side("A", CLIP_score=[0.2, 0.1])], list("aa"))
+    assert curves["reward"]["reward"]["A"]["ci95"][1] == paired_interval([0, 0], means, names, (0, 1))
+    alone = best_of_curves([side("A", CLIP_score=[0.2, 0.1])], items_of("aa"))
     assert alone["CLIP score"]["CLIP score"]["A"]["value"] == pytest.approx([0.15, 0.2])
 
 
+def test_samples_are_the_first_of_each_group():
+    items = items_of("ab" * 20, ("count", "seen"), ("unseen",))
+    sides = [side(name, reward=[0.5] * 40) for name in "AB"]
+    shown = samples(sides, items, Path())
+    assert Counter(tuple(one["groups"]) for one in shown) == {("count", "seen"): SAMPLES, ("unseen",): SAMPLES}
+    assert [one["seed"] for one in shown] == [*range(0, 16, 2), *range(1, 17, 2)]
+    assert shown[0]["images"] == {"A": "A-0.png", "B": "B-0.png"} and shown[0]["verdicts"] == {"A": None, "B": None}
+
+
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    """A run that drew for two prompts of the embedded world, with a reward model of random weights."""
-    folder = tmp_path_factory.mktemp("evaluate") / "run"
-    pipe = Pipeline.from_pretrained()
-    settings = {"images_per_prompt": 1, "model": None, "seed": 0, "sampling_steps": 1, "guidance": 1.0}
-    open_run(folder, settings)
-    generate(pipe, ["a red circle", "two blue stars on the sand"], settings, folder, 8)
+def pipe():
+    return Pipeline.from_pretrained()
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return CLIP.from_pretrained()
+
+
+def test_a_model_samples_once_and_people_s_labels_of_its_images_count(pipe, clip, tmp_path, monkeypatch):
+    run = run_of(tmp_path / "run", SEEN[:4])
+    settings = settings_of(run, test_images=8)
+    items = test_items(run, settings)
     torch.manual_seed(0)
-    RewardModel({"width": 64, "hidden": 8, "clip": None}).save_pretrained(folder / "reward")
-    return folder
+    reward = RewardModel({"width": 64, "hidden": 8, "clip": None})
+    how = (items, settings, clip, reward)
+    found = judge_model(run, "the base", None, lambda: pipe, *how)
+    assert found.folder.parent == run.folder / "compare" and found.folder.name.startswith("the-base-")
+    assert [path.parent for path in found.paths] == [found.folder / "images"] * 8 and found.source == "embedded"
+    assert set(found.values) == {"simulated annotator", "reward", "CLIP score"} and found.features.shape == (8, 64)
+    assert found.values["simulated annotator"] == [float(verdict == "good") for verdict in found.verdicts]
+    assert found.readable == sum(verdict != "skip" for verdict in found.verdicts) / 8
+    pictures = [Image.open(path) for path in found.paths]
+    score = reward.score(pictures, [item.prompt for item in items])
+    assert found.values["reward"] == pytest.approx(score.tolist(), abs=1e-5)
+    again = pipe.generate(items[3].prompt, steps=1, guidance=1.0, latents=pipe.noise([items[3].seed]))[0]
+    assert max(abs(a - b) for a, b in zip(again.tobytes(), pictures[3].tobytes())) <= 1
+    store = FeedbackStore(found.folder)
+    stored = store.images()
+    assert [(image.prompt, image.seed) for image in stored] == [(item.prompt, item.seed) for item in items]
+    store.add_labels("ann", [(stored[0].id, "good"), (stored[5].id, "bad"), (stored[6].id, "skip")])
+    store.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "generate", None)  # calling it would fail: all is there
+        labelled = judge_model(run, "the base", None, lambda: pipe, *how)
+    assert labelled.values["people"] == [1.0, None, None, None, None, 0.0, None, None]
+    assert {key: value for key, value in labelled.values.items() if key != "people"} == found.values
+    other = judge_model(run, "the base", None, lambda: pipe, items, settings | {"guidance": 2.0}, clip, None)
+    assert other.folder != found.folder and set(other.values) == {"simulated annotator", "CLIP score"}
+    monkeypatch.setattr(pipe, "world", "")
+    strange = judge_model(run, "x", "someone/x", lambda: pipe, items[:2], settings, clip, None)
+    assert set(strange.values) == {"CLIP score"} and strange.readable is None and strange.verdicts == [None, None]
 
 
-def test_prompts_are_the_runs_and_those_it_holds_out(drawn, tmp_path):
-    prompts, groups = chosen_prompts(drawn, None, 12, 0)
-    assert len(prompts) == len(set(prompts)) == len(groups) == 12
-    known = {name: [text for text, names in zip(prompts, groups) if names[1] == name] for name in ("seen", "unseen")}
-    assert sorted(known["seen"]) == ["a red circle", "two blue stars on the sand"]
-    assert set(known["unseen"]) <= {prompt.text for prompt in split(SHAPES, 0)[1]}
-    counts = Counter(names for names in groups if names[1] == "unseen")
-    assert max(counts.values()) - min(counts.values()) <= 1 and len(counts) == 4  # evenly over the categories
-    (tmp_path / "mine.txt").write_text("a fox\na red circle\nthree dogs\n")
-    found = dict(zip(*chosen_prompts(drawn, tmp_path / "mine.txt", 9, 0)))
-    assert found == {"a fox": ("unseen",), "a red circle": ("color", "seen"), "three dogs": ("count", "unseen")}
+def test_distances_are_to_good_images_where_there_are_any(clip, tmp_path):
+    run, items = run_of(tmp_path / "run", SEEN[:6]), items_of("aabbcc")
+    sides = [replace(side(name, CLIP_score=[0.5] * 6), features=torch.randn(6, 64)) for name in "AB"]
+    assert reference_features(run, None, clip) == (None, None)
+    found = distances(run, None, sides, items, clip, 0)
+    assert found["reference"] is None and found["frechet"] == found["cmmd"] == {"A": None, "B": None}
+    store = FeedbackStore(run.folder)
+    images = store.images()
+    store.add_labels("ann", [(image.id, "good" if image.id % 2 else "bad") for image in images])
+    store.close()
+    target, origin = reference_features(run, None, clip)
+    good = embed_images(clip, [Image.open(image.path) for image in images if image.id % 2])
+    torch.testing.assert_close(target, good)
+    assert origin == "the 3 images labelled good" and (run.folder / FEATURES).exists()
+    found = distances(run, None, sides, items, clip, 0)
+    assert found["frechet"]["A"] == frechet_distance(sides[0].features, target) and found["reference"] == origin
+    assert found["cmmd"]["B"] == cmmd(sides[1].features, target)
+    assert found["diversity"]["A"] == diversity(sides[0].features, list("aabbcc"))
+    assert found["readable"] == {"A": None, "B": None}
 
 
-def command(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        run_command(evaluate.main)
-    return stop.value.code, *capsys.readouterr()
+def test_a_reference_is_a_folder_of_images(tmp_path, clip, capsys):
+    run, folder = run_of(tmp_path / "run", SEEN[:3]), tmp_path / "real"
+    shutil.copytree(run.folder / "images", folder / "below")
+    (folder / "notes.txt").write_text("no image")
+    (folder / "drawing.svg").write_text("")
+    paths = reference_images(folder)
+    assert paths == sorted((folder / "below").iterdir())
+    assert "3 images are read, 1 are of other kinds, such as" in capsys.readouterr().out
+    target, origin = reference_features(run, paths, clip)
+    torch.testing.assert_close(target, embed_images(clip, [Image.open(path) for path in paths]))
+    assert origin == "the 3 images of --reference"
+    for wrong in (tmp_path / "none", folder / "notes.txt"):
+        with pytest.raises(InputError, match="--reference .*: fewer than two images; accepted: a folder of images"):
+            reference_images(wrong)
 
 
-SMALL = ("--max-prompts", 6, "--images-per-prompt", 3, "--sampling-steps", 2, "--device", "cpu")
+def test_distances_of_the_embedded_world_are_to_drawings_of_as_many_readable_images_of_each_model(clip, tmp_path):
+    run, items = run_of(tmp_path / "run", SEEN[:6]), [TestItem(text, 0, ()) for text in SEEN[:6]]
+    paths = sorted((run.folder / "images").iterdir())
+    sides = []
+    for name, verdicts in (("A", ["good"] * 3 + ["bad"] * 3), ("B", ["skip", "good", "bad", "good", "bad", "skip"])):
+        one = replace(side(name, simulated_annotator=[1.0] * 6), paths=paths, verdicts=verdicts)
+        sides.append(replace(one, features=embed_images(clip, [Image.open(path) for path in paths])))
+    found = distances(run, None, sides, items, clip, 3)
+    chosen = [1, 2, 3, 4]  # of B, all that are readable
+    again = shown([Image.open(paths[i]).convert("RGB") for i in chosen], 3)
+    expected = frechet_distance(sides[1].features[chosen], embed_images(clip, again))
+    assert found["frechet"]["B"] == pytest.approx(expected) and found["frechet"]["A"] > 0
+    assert found["reference"] == "fresh drawings of what the images show, 4 of each model"
+    sides[1] = replace(sides[1], verdicts=["skip"] * 5 + ["bad"])  # too few to say anything of
+    found = distances(run, None, sides, items, clip, 3)
+    assert found["reference"] is None and found["frechet"] == found["cmmd"] == {"A": None, "B": None}
+
+
+# ---------------------------------------------------------------------------------------------- the command
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory, pipe):
+    """A run with a fine-tuned model and a reward model of random weights."""
+    run = run_of(tmp_path_factory.mktemp("evaluate") / "run", SEEN[:4], **SMALL)
+    tuned = Pipeline.from_pretrained()
+    with torch.no_grad():
+        tuned.unet.conv_out.bias += 0.03
+    tuned.save_pretrained(run.folder / "model")
+    torch.manual_seed(0)
+    RewardModel({"width": 64, "hidden": 8, "clip": None}).save_pretrained(run.folder / "reward")
+    return run.folder
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    monkeypatch.setattr(evaluate, "plot_best_of", lambda *how: None)  # slow, and held by test_report.py
+
+
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
 
 
 def test_the_command_compares_pipelines(drawn, tmp_path, monkeypatch, capsys):
-    run = shutil.copytree(drawn, tmp_path / "run")
-    pipe = Pipeline.from_pretrained()
-    with torch.no_grad():
-        pipe.unet.conv_out.bias += 0.3
-    pipe.save_pretrained(run / "model")
-    code, out, err = command(monkeypatch, capsys, run, *SMALL)
+    run = Path(shutil.copytree(drawn, tmp_path / "run"))
+    code, out, err = command(main, capsys, run)
     assert code == 0, err
-    found = json.loads((run / "evaluation-compare.json").read_text())
-    assert list(found["models"]) == ["base", "fine-tuned"] and found["reference"] == "drawings of the prompts"
+    found = results_of(run)["evaluation"]
+    assert list(found["models"]) == ["base", "fine-tuned"]
+    assert found["reference"].startswith("fresh drawings of what the images show")
     assert set(found["judged"]) == {"simulated annotator", "reward", "CLIP score"}
-    assert found["judged"]["reward"]["base"]["overall"]["n"] == 18
+    assert found["judge"] == "simulated annotator" and found["judged"]["reward"]["base"]["overall"]["n"] == 6
     assert all(value is not None for key in ("frechet", "cmmd", "diversity") for value in found[key].values())
-    assert "fine-tuned over base: " in out and "N = 3" in out and "CMMD (lower)" in out
+    assert "fine-tuned over base: " in out and "CMMD (lower" in out and (run / "report.html").exists()
+    assert results_of(run)["counts"] == {"images": 4, "labels": 0, "evaluated": 6}
+    assert all((run / path).exists() for sample in found["samples"] for path in sample["images"].values())
     pytest.importorskip("matplotlib")
     assert Image.open(run / "best-of-n.png").size[1] > 300
-    places = [run / one["images"] for one in found["models"].values()]
-    stores = [FeedbackStore(place) for place in places]
-    pairs = [[(image.prompt, image.seed) for image in store.images()] for store in stores]
-    assert pairs[0] == pairs[1] and min(seed for _, seed in pairs[0]) == noise_seed(0, 0, test=True)
-    images = stores[0].images()
-    score = RewardModel.from_pretrained(run / "reward").score(
-        [Image.open(image.path) for image in images], [image.prompt for image in images]
-    )
-    assert found["judged"]["reward"]["base"]["overall"]["value"] == pytest.approx(float(score.mean()), abs=1e-5)
-    for store, verdict in zip(stores, ("bad", "good")):
-        store.add_labels("ann", [(image.id, verdict) for image in store.images()[:6]])
+    whole = Pipeline.generate
+    monkeypatch.setattr(evaluate, "plot_best_of", lambda *how: None)  # slow
+    monkeypatch.setattr(sys.modules[main.__module__], "write_report", lambda folder: folder)
+    monkeypatch.setattr(Pipeline, "generate", None)  # calling it would fail: all is there
+    code, out, err = command(main, capsys, run)
+    assert code == 0 and "evaluate: done before" in out, err
+    for model, verdict in (("base", "bad"), ("fine-tuned", "good")):
+        store = FeedbackStore(run / found["models"][model]["images"])
+        store.add_labels("ann", [(image.id, verdict) for image in store.images()[:5]])
         store.close()
-    monkeypatch.setattr(Pipeline, "generate", None)  # calling it would fail: all is drawn
-    code, out, err = command(monkeypatch, capsys, run, *SMALL)
+    code, _, err = command(main, capsys, run)
+    assert code == 2 and "stage evaluate is out of date: the labels of these models' images changed; --redo" in err
+    code, out, err = command(main, capsys, run, "--redo")
     assert code == 0, err
-    again = json.loads((run / "evaluation-compare.json").read_text())
-    assert (
-        again["judged"]["people"]["fine-tuned"]["overall"] | {"value": 1.0, "n": 6, "gain": 1.0}
-        == (again["judged"]["people"]["fine-tuned"]["overall"])
-    )
-    assert again["judged"]["reward"] == found["judged"]["reward"] and "aligned, by people" in out
+    again = results_of(run)["evaluation"]
+    people = again["judged"]["people"]["fine-tuned"]["overall"]
+    assert (people["value"], people["n"], people["gain"]) == (1.0, 5, 1.0)
+    assert again["judged"]["reward"] == found["judged"]["reward"]
+    monkeypatch.setattr(Pipeline, "generate", whole)
+    Pipeline.from_pretrained().save_pretrained(run / "model")  # whose images nobody has labelled
+    code, _, err = command(main, capsys, run)
+    assert code == 2 and "out of date: the fine-tuned model changed; --redo" in err
+    assert command(main, capsys, run, "--redo")[0] == 0
+    assert results_of(run)["evaluation"]["judged"]["people"].keys() == {"base"}
+    assert "evaluate: done before" in command(main, capsys, run)[1]
 
 
-def test_models_are_told_apart_by_all_their_weights(drawn, tmp_path, monkeypatch, capsys):
-    pipe = Pipeline.from_pretrained()
-    with torch.no_grad():
-        pipe.unet.conv_out.bias += 0.3
-    pipe.save_pretrained(tmp_path / "checkpoint")
-    places = (EMBEDDED, tmp_path / "checkpoint")  # of one name, with equal first layers
-    monkeypatch.setattr(evaluate, "plot_best_of", lambda *how: None)
-    small = ("--max-prompts", 2, "--images-per-prompt", 1, "--sampling-steps", 1, "--device", "cpu")
-    run = shutil.copytree(drawn, tmp_path / "run")
-    code, out, err = command(monkeypatch, capsys, run, *small, "--models", *places, "embedded")
-    assert code == 0, err
-    found = json.loads((run / "evaluation-compare.json").read_text())
-    reward = {name: groups["overall"]["value"] for name, groups in found["judged"]["reward"].items()}
-    assert reward[str(EMBEDDED)] == reward["embedded"] != reward[str(places[1])]
-    assert found["judged"]["reward"]["embedded"]["overall"]["gain_ci95"] == [0.0, 0.0]
-
-
-def test_what_cannot_be_compared_is_one_line(drawn, tmp_path, monkeypatch, capsys):
-    (tmp_path / "empty").mkdir()
-    cases = [
-        ((tmp_path / "nowhere",), "nowhere: no such folder; accepted: a run"),
-        ((drawn,), "run: no model/ to compare; accepted: a finished run of finetune, or --models A B"),
-        ((tmp_path / "empty", "--models", "embedded"), "empty: no feedback.sqlite with prompts; accepted: such a run"),
-        ((drawn, "--models", "./nowhere", "embedded"), "./nowhere: not found"),
-        ((drawn, "--models", "embedded", "--prompts", tmp_path / "none.txt"), "none.txt: cannot be read"),
-        ((drawn, "--models", "embedded", "--reward", tmp_path / "empty"), "config.json: cannot be read"),
-        ((drawn, "--models", "embedded", "--images-per-prompt", 0), "--images-per-prompt: '0'; accepted:"),
+def test_a_model_gains_nothing_over_itself_and_comparisons_are_kept_beside_one_another(drawn, tmp_path, undrawn):
+    run = Run(Path(shutil.copytree(drawn, tmp_path / "run")))
+    models = ["embedded", str(EMBEDDED), str(run.folder / "model")]  # the last two of one name, with equal first layers
+    name = compare_models(run, settings_of(run, **TWO), CPU, models=models)
+    found = results_of(run.folder)["comparisons"][name]
+    assert list(found["models"]) == models and [one["source"] for one in found["models"].values()] == models
+    judged = found["judged"]["reward"]
+    assert judged["embedded"]["overall"]["value"] == judged[models[1]]["overall"]["value"]
+    assert judged[models[1]]["overall"]["gain_ci95"] == [0.0, 0.0]
+    assert judged[models[2]]["overall"]["value"] != judged[models[1]]["overall"]["value"]
+    pictures = [
+        [path.read_bytes() for path in sorted((run.folder / found["models"][model]["images"]).rglob("*.png"))]
+        for model in models
     ]
-    held = sorted(path for path in tmp_path.rglob("*"))
-    for arguments, message in cases:
-        code, _, err = command(monkeypatch, capsys, *arguments)
-        assert code == 2 and message in err and err.count("\n") == 1 and err.startswith("error: "), (arguments, err)
-    assert sorted(path for path in tmp_path.rglob("*")) == held
-    small = ("--max-prompts", 1, "--images-per-prompt", 1, "--sampling-steps", 1, "--device", "cpu")
-    code, _, err = command(
-        monkeypatch, capsys, drawn, "--models", "embedded", *small, "--reference", tmp_path / "empty"
+    assert pictures[0] == pictures[1] != pictures[2] and len(set(pictures[0])) == 2
+    file = tmp_path / "mine.txt"
+    file.write_text("a fox\n")
+    other = compare_models(run, settings_of(run, **TWO), CPU, models=models[:1], prompts=file)
+    kept = results_of(run.folder)["comparisons"]
+    assert set(kept) == {name, other} and kept[name] == found and "evaluation" not in results_of(run.folder)
+    assert kept[other]["judge"] == "reward" and kept[other]["reference"] is None  # nobody can judge a fox
+    assert compare_models(run, settings_of(run, **TWO), CPU, models=models) == name
+    assert (
+        "evaluated" not in write_results(run)["counts"] and results_of(run.folder)["comparisons"].keys() == kept.keys()
     )
-    assert code == 2 and "empty: fewer than two images; accepted: a folder of .png" in err
+
+
+def test_the_judge_is_one_who_judged_all_models(drawn, tmp_path, undrawn):
+    """People who labelled the images of one model alone have compared nothing."""
+    run = Run(Path(shutil.copytree(drawn, tmp_path / "run")))
+    file = tmp_path / "mine.txt"
+    file.write_text("a fox\n")
+    models = ["embedded", str(run.folder / "model")]
+    for labelled, judge in ((0, "reward"), (1, "people")):
+        name = compare_models(run, settings_of(run, **TWO), CPU, models=models, prompts=file)
+        store = FeedbackStore(
+            run.folder / results_of(run.folder)["comparisons"][name]["models"][models[labelled]]["images"]
+        )
+        store.add_labels("ann", [(image.id, "good") for image in store.images()])
+        store.close()
+        compare_models(run, settings_of(run, **TWO), CPU, models=models, prompts=file)
+        assert results_of(run.folder)["comparisons"][name]["judge"] == judge
+
+
+def test_what_cannot_be_compared_is_one_line(drawn, tmp_path, capsys, undrawn):
+    run = Path(shutil.copytree(drawn, tmp_path / "run"))
+    (run / ".lock").touch()
+    (tmp_path / "empty").mkdir()
+    plain = run_of(tmp_path / "plain", SEEN[:2]).folder
+    (plain / ".lock").touch()
+    cases = [
+        ((tmp_path / "nowhere",), "nowhere: not a run; accepted: a run's folder"),
+        ((tmp_path / "empty", "--models", "embedded"), "empty: not a run; accepted: a run's folder"),
+        ((plain,), f"plain: no model/ to compare; python -m minialign.finetune {plain} makes it"),
+        ((run, "--models", "./nowhere", "embedded"), "./nowhere: not found"),
+        ((run, "--models", "embedded", "--prompts", tmp_path / "none.txt"), "none.txt: cannot be read"),
+        ((run, "--models", "embedded", "--reward", tmp_path / "empty"), "config.json: cannot be read"),
+        ((run, "--test-images", 1), "--test-images: '1'; accepted: a whole number from 2 to 100000"),
+        ((run, "--test-images-per-prompt", 0), "--test-images-per-prompt: '0'; accepted:"),
+        ((run, "--model", "embedded"), "--model"),
+        ((run, "--reference", tmp_path / "empty"), "empty: fewer than two images; accepted: a folder of images"),
+    ]
+    held = sorted(tmp_path.rglob("*"))
+    for arguments, message in cases:
+        code, _, err = command(main, capsys, *arguments)
+        assert code == 2 and message in err and err.count("\n") == 1 and err.startswith("error: "), (arguments, err)
+        assert sorted(tmp_path.rglob("*")) == held, arguments

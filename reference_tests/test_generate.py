@@ -1,24 +1,18 @@
-"""Stage 1 as a command: what it draws and keeps, that it goes on where it was stopped, and its one-line errors."""
+"""Stage 1 as a command: what it samples and keeps, that it continues where it was stopped, and its one-line errors."""
 
 import json
-import sys
 
 import pytest
+from helpers import command
 from PIL import Image
 
-from minialign import Pipeline, generate
-from minialign.command import run_command
+from minialign import Pipeline
+from minialign.engine.settings import defaults
 from minialign.feedback import FeedbackStore
-from minialign.generate import draw_to_folder, grammar_of, read_prompts
-from minialign.models.pretrained import EMBEDDED, InputError
+from minialign.files import InputError
+from minialign.generate import grammar_of, main, planned, read_prompts, sample_to_folder
+from minialign.models.pretrained import EMBEDDED
 from minialign.prompts import PAPER, SHAPES, split
-
-
-def command(monkeypatch, capsys, *arguments) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["generate", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        run_command(generate.main)
-    return stop.value.code, capsys.readouterr().err
 
 
 @pytest.fixture
@@ -29,14 +23,14 @@ def file(tmp_path):
 
 
 def small(file, out, *more):
-    how = ("--images-per-prompt", 2, "--sampling-steps", 2, "--batch-size", 4, "--device", "cpu")
+    how = ("--images-per-prompt", 2, "--sampling-steps", 2, "--draw-batch", 4, "--device", "cpu")
     return ("--prompts", file, "--out", out, *how, *more)
 
 
 def test_images_and_store_belong_together(tmp_path, file, monkeypatch, capsys):
     run = tmp_path / "run"
-    code, err = command(monkeypatch, capsys, *small(file, run, "--seed", 3))
-    assert code == 0 and "6/6" in err
+    code, out, _ = command(main, capsys, *small(file, run, "--seed", 3))
+    assert code == 0 and f"{run}: 6 images of 3 prompts" in out
     store = FeedbackStore(run)
     images = store.images()
     store.close()
@@ -56,8 +50,8 @@ def test_images_and_store_belong_together(tmp_path, file, monkeypatch, capsys):
     store.close()
 
 
-def test_a_stopped_run_goes_on_and_is_the_same(tmp_path, file, monkeypatch, capsys):
-    command(monkeypatch, capsys, *small(file, tmp_path / "whole"))
+def test_a_stopped_run_continues_and_is_the_same(tmp_path, file, monkeypatch, capsys):
+    command(main, capsys, *small(file, tmp_path / "whole"))
     drawn, whole = [], Pipeline.generate
 
     def interrupted(pipe, prompts, **how):
@@ -68,12 +62,12 @@ def test_a_stopped_run_goes_on_and_is_the_same(tmp_path, file, monkeypatch, caps
 
     with monkeypatch.context() as patch:
         patch.setattr(Pipeline, "generate", interrupted)
-        code, _ = command(patch, capsys, *small(file, tmp_path / "parts"))
+        code, _, _ = command(main, capsys, *small(file, tmp_path / "parts"))
     store = FeedbackStore(tmp_path / "parts")
     assert code == 130 and drawn == [4] and len(store.images()) == 4  # what is drawn can be labelled already
     store.close()
-    code, err = command(monkeypatch, capsys, *small(file, tmp_path / "parts"))
-    assert code == 0 and "2/2" in err
+    code, _, err = command(main, capsys, *small(file, tmp_path / "parts"))
+    assert code == 0, err
     folders = [tmp_path / name / "images" for name in ("whole", "parts")]
     contents = [[path.read_bytes() for path in sorted(folder.iterdir())] for folder in folders]
     assert contents[0] == contents[1] and len(contents[0]) == 6
@@ -81,24 +75,33 @@ def test_a_stopped_run_goes_on_and_is_the_same(tmp_path, file, monkeypatch, caps
     kept = [[(i.prompt, i.path.name, i.seed) for i in store.images()] for store in stores]
     assert kept[0] == kept[1]
     monkeypatch.setattr(Pipeline, "generate", None)  # calling it would fail
-    code, err = command(monkeypatch, capsys, *small(file, tmp_path / "parts", "--batch-size", 3))
+    code, _, err = command(main, capsys, *small(file, tmp_path / "parts", "--draw-batch", 3))
     assert code == 0 and stores[1].images() == FeedbackStore(tmp_path / "parts").images()
 
 
-def test_categories_are_the_models_own_seen_prompts(tmp_path, monkeypatch, capsys):
-    drawn = []
-    monkeypatch.setattr(generate, "generate", lambda pipe, prompts, *rest: drawn.append(prompts) or 0)
+def test_categories_are_the_models_own_seen_prompts():
+    settings = defaults(embedded=True) | {"seed": 1}
+    seen = [prompt.text for prompt in split(SHAPES, 1)[0]]
+    many = planned(settings, "shapes")
+    assert len(many) == 2560 and set(many) == set(seen)
+    three = planned(settings | {"images_per_prompt": 3}, "shapes")
+    assert three == [prompt for prompt in seen for _ in range(3)]
+    assert planned(defaults(embedded=False) | {"prompts": "categories"}, "")[0] in {p.text for p in split(PAPER, 0)[0]}
+    assert grammar_of("shapes") is SHAPES and grammar_of("") is PAPER
+
+
+def test_a_model_says_itself_that_it_is_of_the_embedded_world(tmp_path, file, capsys):
     for number, model in enumerate(((), ("--model", EMBEDDED))):
-        code, err = command(monkeypatch, capsys, *small("categories", tmp_path / str(number), *model, "--seed", 1))
+        code, _, err = command(main, capsys, *small(file, tmp_path / str(number), *model))
         assert code == 0, err
-    assert drawn[0] == drawn[1] == [prompt.text for prompt in split(SHAPES, 1)[0]]
-    settings = json.loads((tmp_path / "0" / "config.json").read_text())["settings"]
-    assert settings["prompts"] == "categories" and settings["sampling_steps"] == 2 and settings["guidance"] == 3.0
-    assert json.loads((tmp_path / "1" / "config.json").read_text())["settings"]["guidance"] == 7.5
+        config = json.loads((tmp_path / str(number) / "config.json").read_text())
+        assert config["world"] == "shapes" and config["settings"]["guidance"] == 3.0
     pipe = Pipeline.from_pretrained()
-    assert grammar_of(pipe) is SHAPES
-    pipe.unet.config = pipe.unet.config | {"sample_size": 64}
-    assert grammar_of(pipe) is PAPER
+    pipe.world = ""  # of the same size, but of no world
+    pipe.save_pretrained(tmp_path / "model")
+    assert command(main, capsys, *small(file, tmp_path / "2", "--model", tmp_path / "model"))[0] == 0
+    config = json.loads((tmp_path / "2" / "config.json").read_text())
+    assert config["world"] == "" and config["settings"]["guidance"] == 7.5
 
 
 def test_prompt_files_of_each_kind_are_read(tmp_path):
@@ -124,8 +127,11 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, file, monkeypatch, c
     cases = [
         (small(tmp_path / "none.txt", out), "none.txt: cannot be read"),
         (small(tmp_path / "picture.txt", out), "picture.txt: cannot be read as text"),
-        (small(tmp_path / "empty.txt", out), "empty.txt: no prompts; accepted: a prompt a line"),
-        (small(tmp_path / "text.csv", out), "text.csv, line 2: no 'prompt'; column needed: prompt"),
+        (small(tmp_path / "empty.txt", out), "empty.txt: no prompts; accepted: one per line"),
+        (
+            small(tmp_path / "text.csv", out),
+            "text.csv, line 1: no column 'prompt'; columns needed: prompt; found",
+        ),
         (small(tmp_path / "half.csv", out), "half.csv: no prompts"),
         (small(tmp_path / "text.jsonl", out), "text.jsonl, line 1: no 'prompt'"),
         (small(tmp_path / "broken.jsonl", out), "broken.jsonl, line 2: not JSON"),
@@ -134,49 +140,69 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, file, monkeypatch, c
         (small(file, out, "--device", "abacus"), "--device abacus: cannot be used"),
         (small(file, tmp_path / "folder"), "folder: holds files that are not a run's"),
         (small(file, out, "--images-per-prompt", 0), "--images-per-prompt: '0'; accepted: a whole number from 1 to"),
-        (small(file, out, "--images-per-prompt", 40_000), "3 prompts x 40000 images are more than 100000"),
-        (("--out", out), "the following arguments are required: --prompts"),
+        (small(file, out, "--images-per-prompt", 40_000), "3 prompts x 40000 images; accepted: 100000 in all"),
+        (("--out", out, "--model", EMBEDDED, "--images", 3, "--images-per-prompt", 1), "exclude each other"),
+        ((), "RUN: the run's folder is needed"),
     ]
     held = sorted(path.name for path in tmp_path.rglob("*"))
     for arguments, message in cases:
-        code, err = command(monkeypatch, capsys, *arguments)
+        code, _, err = command(main, capsys, *arguments)
         assert code == 2 and message in err and err.count("\n") == 1 and err.startswith("error: "), (arguments, err)
     assert sorted(path.name for path in tmp_path.rglob("*")) == held
 
 
-def test_a_run_of_other_settings_is_left_alone(tmp_path, file, monkeypatch, capsys):
-    assert command(monkeypatch, capsys, *small(file, tmp_path / "run"))[0] == 0
+def test_a_run_of_other_settings_is_left_alone(tmp_path, file, capsys):
+    run = tmp_path / "run"
+    assert command(main, capsys, *small(file, run))[0] == 0
 
     def times():
-        return {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*[a-z]") if path.name != ".lock"}
+        return {path: path.stat().st_mtime_ns for path in run.rglob("*[a-z]") if path.name != ".lock"}
 
     before = times()
+    pipe = Pipeline.from_pretrained()
+    pipe.unet.conv_in.weight.data[0] += 1
+    pipe.save_pretrained(tmp_path / "other")
     for more, message in (
-        (("--seed", 1), "was begun with seed=0, not 1; use another --out"),
-        (("--guidance", 1), "was begun with guidance=3.0, not 1.0"),
-        (("--model", EMBEDDED, "--guidance", 3), "was begun with model=None"),
+        (("--seed", 1), "stage generate is out of date: --seed was 0, now 1"),
+        (("--guidance", 1), "stage generate is out of date: --guidance was 3.0, now 1.0"),
+        (("--model", tmp_path / "other"), "other: not the same as the embedded model, which"),
     ):
-        code, err = command(monkeypatch, capsys, *small(file, tmp_path / "run", *more))
-        assert code == 2 and message in err and err.count("\n") == 1
+        code, _, err = command(main, capsys, *small(file, run, *more))
+        assert code == 2 and message in err and err.count("\n") == 1, err
+    same = tmp_path / "folder" / "same.txt"
+    same.parent.mkdir()
+    same.write_text(file.read_text())  # content counts, not names
+    assert command(main, capsys, *small(same, run, "--model", EMBEDDED))[0] == 0
     file.write_text("a red circle\na fox\n")
-    code, err = command(monkeypatch, capsys, *small(file, tmp_path / "run"))
-    assert code == 2 and "was begun with prompts_crc32=" in err
-    assert before == {
-        path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*[a-z]") if path.name != ".lock"
-    }
+    code, _, err = command(main, capsys, *small(file, run))
+    assert code == 2 and "the prompts changed; --redo" in err
+    assert before.keys() == times().keys() and (run / "images" / "000005.png").exists()
+    code, _, err = command(main, capsys, *small(file, run, "--redo"))
+    assert code == 0 and len(list((run / "images").iterdir())) == 4, err
+
+
+def test_people_s_labels_are_not_removed_to_redo_a_stage(tmp_path, file, capsys):
+    run = tmp_path / "run"
+    assert command(main, capsys, *small(file, run))[0] == 0
+    store = FeedbackStore(run)
+    store.add_labels("Anna", [(1, "good")])
+    code, _, err = command(main, capsys, *small(file, run, "--seed", 1, "--redo"))
+    assert code == 2 and "holds labels by Anna" in err and store.labels() == {1: 1.0}
+    assert len(list((run / "images").iterdir())) == 6
+    store.close()
 
 
 def test_a_batch_is_announced_when_it_is_on_disk(tmp_path):
     pipe, seen = Pipeline.from_pretrained(), []
-    how = {"steps": 1, "guidance": 1.0, "batch": 2, "title": "draw"}
-    paths = draw_to_folder(pipe, [("a fox", i) for i in range(5)], tmp_path, **how)
+    how = {"steps": 1, "guidance": 1.0, "batch": 2}
+    paths = sample_to_folder(pipe, [("a fox", i) for i in range(5)], tmp_path, **how)
     paths[2].unlink()
 
     def finished(rows):
         seen.append(rows)
         assert all(paths[i].exists() for i in rows)
 
-    draw_to_folder(pipe, [("a fox", i) for i in range(5)], tmp_path, **how, finished=finished)
+    sample_to_folder(pipe, [("a fox", i) for i in range(5)], tmp_path, **how, finished=finished)
     assert seen == [range(0, 2), range(4, 5), range(2, 4)]
 
 

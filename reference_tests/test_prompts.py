@@ -12,12 +12,12 @@ from minialign.prompts import (
     SHAPES,
     Prompt,
     all_prompts,
-    contrastive,
-    contrastive_texts,
+    contrastive_prompts,
     corrupt,
     parse,
     recognise,
     split,
+    spread,
 )
 
 
@@ -68,24 +68,54 @@ def test_the_papers_prompts_are_as_many_as_it_had(seed):
         assert {getattr(p, attribute) for p in unseen} <= {getattr(p, attribute) for p in seen}
 
 
-def test_contrastive_texts_come_from_the_grammar_or_from_the_other_prompts():
-    rng = random.Random(0)
-    others = contrastive_texts("a green colored dog", 7, ["a fox", "a green colored dog"], rng)
-    assert len(set(others)) == 7 and "a green colored dog" not in others
-    assert all(recognise(text)[0].category == "color" for text in others)
-    file = ["an owl, oil painting", "a fox", "a fox", "an owl, oil painting", "a ship"]
-    assert sorted(contrastive_texts("a fox", 7, file, rng)) == ["a ship", "an owl, oil painting"]
-    assert len(contrastive_texts("a fox", 1, file, rng)) == 1 and contrastive_texts("a fox", 7, ["a fox"], rng) == []
+def test_contrastive_prompts_contradict_and_are_among_those_that_were_judged():
+    rng, texts = random.Random(0), [prompt.text for prompt in all_prompts(SHAPES)]
+    for prompt in all_prompts(SHAPES)[::7]:
+        others = contrastive_prompts(prompt.text, 7, texts, rng)
+        assert len(set(others)) == 7 and set(others) < set(texts)
+        for other in others:  # an image that shows one cannot show the other
+            pairs = [(getattr(prompt, a), getattr(parse(other, SHAPES), a)) for a in ATTRIBUTES]
+            assert any(mine and its and mine != its for mine, its in pairs), (prompt.text, other)
+    judged = ["two circles", "two red circles at night", "a blue circle", "two stars", "two circles", "a fox"]
+    assert sorted(contrastive_prompts("two circles", 7, judged, rng)) == ["a fox", "two stars"]
+    assert contrastive_prompts("a green colored dog", 7, ["a dog on the moon", "a pink colored dog"], rng) == [
+        "a pink colored dog"
+    ]
 
 
-def test_contrastive_prompts_differ_in_what_the_prompt_says():
-    rng = random.Random(0)
-    for prompt in all_prompts(SHAPES):
-        others = contrastive(prompt, 7, SHAPES, rng)
-        assert len(set(others)) == 7 and prompt not in others
-        assert {other.category for other in others} == {prompt.category}
-    few = contrastive(Prompt("count", "circle", count="two"), 99, SHAPES, rng)
-    assert len(few) == 15
+def test_all_other_sentences_contrast_where_there_is_no_grammar():
+    rng, file = random.Random(0), ["an owl, oil painting", "a fox", "an owl, oil painting", "a ship"]
+    assert sorted(contrastive_prompts("a wolf by night", 7, file, rng)) == ["a fox", "a ship", "an owl, oil painting"]
+    assert len(contrastive_prompts("a wolf by night", 1, file, rng)) == 1
+    assert contrastive_prompts("a wolf by night", 7, [], rng) == []
+
+
+@pytest.mark.parametrize("number", [1, 4, 6, 50, 2560])
+def test_prompts_are_spread_evenly_over_categories_and_within_them(number):
+    """In rounds of all of a category's prompts, each in an order of its own: the order that runs have had so far."""
+    prompts = split(SHAPES, 5)[0]
+    texts, categories = [prompt.text for prompt in prompts], [prompt.category for prompt in prompts]
+    chosen = spread(texts, categories, number, random.Random(5))
+    rng, expected = random.Random(5), []
+    for i, category in enumerate(("count", "color", "background", "combination")):
+        share, mine = number // 4 + (i < number % 4), []
+        while len(mine) < share:
+            mine += rng.sample([p.text for p in prompts if p.category == category], categories.count(category))
+        expected += mine[:share]
+    assert chosen == expected and len(chosen) == number
+    counts = Counter(parse(text, SHAPES).category for text in chosen)
+    assert max(counts.values()) - min(counts[category] for category in CATEGORIES) <= 1
+    of_each = Counter(chosen)
+    for category in CATEGORIES:
+        times = [of_each[text] for text, its in zip(texts, categories) if its == category]
+        assert max(times) - min(times) <= 1
+
+
+def test_sentences_of_no_grammar_are_a_category_and_absent_ones_take_no_share():
+    texts, categories = ["a fox", "a ship", "two stars", "a lake"], ["", "", "count", ""]
+    chosen = spread(texts, categories, 8, random.Random(0))
+    assert Counter(chosen)["two stars"] == 4 and set(chosen) == set(texts)
+    assert sorted(spread(texts[:2], ["", ""], 2, random.Random(0))) == ["a fox", "a ship"]
 
 
 def test_noisy_captions_are_wrong_as_often_as_asked():

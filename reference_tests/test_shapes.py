@@ -14,7 +14,6 @@ from minialign.prompts import ATTRIBUTES, CATEGORIES, SHAPES, Prompt, all_prompt
 from minialign.shapes.annotator import judge, read, shape_numbers
 from minialign.shapes.pretrain import Captions, make_tokenizer
 from minialign.shapes.scenes import BACKGROUNDS, SIZE, Scene, draw, sample_scene
-from minialign.shapes.task import shapes_task
 
 HELD_OUT_SEED = 987_654  # never used to calibrate the annotator or to train
 
@@ -139,24 +138,3 @@ def test_captions_are_noisy_as_asked():
     assert 0.25 < sum(true) / 400 < 0.55  # 0.7^2 of two words, 0.7^4 of four
     captions.noise = {}
     assert all(s.shows(captions.prompts[row]) for s, row in zip(scenes, captions(torch.arange(400), 0).tolist()))
-
-
-def test_the_task_keeps_test_noise_and_unseen_prompts_apart():
-    task = shapes_task(images=200, labels=100, test_images=80, pretrain_images=40, seed=0)
-    drawn = {text for text, _ in task.draw}
-    assert len(task.draw) == 200 and len({seed for _, seed in task.draw}) == 200
-    assert not {seed for _, seed in task.draw} & {item.seed for item in task.test}
-    tested = {name: {item.prompt for item in task.test if name in item.groups} for name in ("seen", "unseen")}
-    assert len(task.test) == 80 and len(tested["unseen"]) > 10 and not tested["unseen"] & drawn
-    for category in CATEGORIES:
-        assert sum(category in item.groups for item in task.test) == 20
-    pairs = task.pretrain()
-    assert not {text for text, _ in pairs} & (drawn | tested["seen"] | tested["unseen"])
-    other = shapes_task(images=200, labels=100, test_images=80, pretrain_images=40, seed=1)
-    assert not {seed for _, seed in other.draw} & {item.seed for item in task.test}
-    assert len(pairs) == 40 and all(image.size == (SIZE, SIZE) for _, image in pairs)
-    assert len(task.reference()) == 80
-    rng = random.Random(0)
-    assert len(task.contrastive(task.draw[0][0], 7, rng)) == 7
-    with pytest.raises(ValueError, match="not a prompt of the embedded world"):
-        task.judge([pairs[0][1]], ["a cat"])

@@ -1,4 +1,4 @@
-"""A simulated labeller for stage 1: looks at the pixels of a drawing alone and says good, bad or skip for a prompt.
+"""A simulated annotator for stage 1: it reads only pixels, and labels an image good, bad or skip for a prompt.
 
 It finds the background from the frame, objects as connected regions of another color, and the shape of each region
 from four numbers that do not depend on place, size or tilt. People are better at it; this one is tireless, and its

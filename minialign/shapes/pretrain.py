@@ -1,9 +1,9 @@
-"""Train the embedded world's pipeline from nothing: python -m minialign.shapes.pretrain --out FOLDER
+"""Train the embedded world's pipeline from scratch: python -m minialign.shapes.pretrain --out FOLDER
 
 Draws captioned scenes, trains a VAE, a CLIP and a UNet on them, and writes a Stable-Diffusion-shaped checkpoint in the
 diffusers layout. Captions are deliberately noisy, as web captions are: the UNet first learns the words from clean
-captions, then sees captions that often say another count, color or background (CAPTION_NOISE), so that it draws clean
-pictures that follow the prompt only about half of the time. That model is what feedback is to repair.
+captions, then sees captions that often say another count, color or background (CAPTION_NOISE), so that it generates
+clean images that follow the prompt only about half of the time. This is the model that feedback repairs.
 Every stage resumes from its last checkpoint when the command is run again.
 """
 
@@ -20,30 +20,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..command import Parser, in_range, run_command
 from ..diffusion import NoiseSchedule
+from ..engine.checkpoints import load_checkpoint, save_checkpoint
+from ..engine.commands import Parser, in_range, run_command
+from ..engine.optimising import EMA, generator, learning_rate, progress
+from ..files import InputError, atomic, read_json, read_weights, remove_unfinished, write_json, write_tensors
+from ..finetune.loop import step_loss
 from ..models.clip import CLIP, TextEncoder
-from ..models.pretrained import InputError, read_json, read_weights
 from ..models.tokenizer import END, START, Tokenizer, byte_characters, split_words
 from ..models.unet import UNet
 from ..models.vae import VAE
 from ..pipeline import Pipeline
 from ..prompts import ATTRIBUTES, SHAPES, all_prompts, corrupt
-from ..training import (
-    EMA,
-    atomic,
-    generator,
-    learning_rate,
-    load_checkpoint,
-    progress,
-    remove_unfinished,
-    save_checkpoint,
-    write_json,
-    write_tensors,
-)
 from .annotator import calibrate
 from .scenes import SIZE, Scene, draw, sample_scene
-from .task import CAPTION_NOISE
+from .world import CAPTION_NOISE
 
 CLIP_NOISE = dict.fromkeys(
     ATTRIBUTES, 0.1
@@ -312,7 +303,7 @@ def train_unet(
         # stratified timesteps: each batch covers the whole schedule evenly (Kingma et al. 2021, section I.1)
         t = (torch.arange(batch) + torch.rand(batch, generator=g)) / batch * len(schedule.alphas_cumprod)
         t = t.long().clamp(max=len(schedule.alphas_cumprod) - 1)
-        return F.mse_loss(unet(schedule.add_noise(x0, noise, t), t, context[rows]), schedule.target(x0, noise, t))
+        return step_loss(unet, schedule, x0, noise, t, [context[rows]], torch.ones(batch))[0]
 
     unet.requires_grad_(True)
     unet.load_state_dict(fit(unet, loss_at, steps, folder, lr=lr, decay=decay, ema=0.999))
@@ -354,7 +345,7 @@ def main() -> None:
     nn.init.zeros_(unet.conv_out.weight)
     train_unet(unet, latents, context, clean, a.out / "unet", a.unet_steps, a.seed, lr=1e-3, decay=0.0)
     train_unet(unet, latents, context, noisy, a.out / "noisy", a.noisy_steps, a.seed + 1, lr=1e-3, decay=1.0)
-    with atomic(a.out / "checkpoint") as folder:
+    with atomic(a.out / "checkpoint", replace_folder="model_index.json") as folder:
         pipe = Pipeline(unet, vae, text_encoder, tokenizer, NoiseSchedule.from_config(SCHEDULER_CONFIG))
         pipe.save_pretrained(folder, torch.float16)
         clip.save_pretrained(folder / "clip", torch.float16)
@@ -371,7 +362,7 @@ def open_folder(folder: Path, settings: dict[str, Any]) -> None:
         write_json(path, settings)
     except OSError as error:
         raise InputError(f"--out {folder}: cannot be written ({error.strerror})") from error
-    remove_unfinished(folder)
+    remove_unfinished(folder)  # of checkpoints: `load_checkpoint`
 
 
 def annotator_statistics(pipe: Pipeline, seed: int, number: int = 1_500) -> dict[str, Any]:

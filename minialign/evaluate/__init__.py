@@ -1,0 +1,254 @@
+"""Section 4 of the paper: what fine-tuning did to alignment, fidelity and diversity; the stage and its results file.
+
+`evaluate_run` compares a run's model before and after; `compare_models` any models, on any prompts. Both write the same
+thing: what each judge says by group, distances to good images, and the best of N (docs/formats.md, results.json).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..data.cache import clip_digest
+from ..engine.run import Run, digest, file_digest
+from ..engine.settings import BY_NAME, CLIP_OF_PAPER, NOISES
+from ..feedback import SIMULATED, FeedbackStore, read_prompts
+from ..files import InputError, read_json, write_json
+from ..generate import load_model, noise_seed
+from ..models.clip import CLIP
+from ..models.pretrained import WEIGHTS
+from ..pages.figures import plot_best_of
+from ..pipeline import Pipeline
+from ..prompts import recognise, split, spread
+from ..reward import MODEL, load_reward, read_measured
+from ..shapes.world import GRAMMAR, WORLD
+from .judges import PEOPLE, REWARD, Judged, TestItem, distances, judge_model, reference_images
+from .tables import best_of_curves, by_group, samples
+
+__all__ = ["Judged", "TestItem", "compare_models", "evaluate_run", "judge_model", "test_items", "write_results"]
+BASE, TUNED = "base", "fine-tuned"
+WHOLE: dict[str, Any] = {"judge": "", "models": {}, "judged": {}}  # what an evaluation has at least
+LABELS = "labels of these models' images"  # as something that the evaluation is made from
+Model = tuple[str, str | None, Callable[[], Pipeline]]  # its name, where it is from, what loads it
+
+
+# ------------------------------------------------------------------------------------------------------- what is asked
+def test_items(run: Run, settings: Mapping[str, Any], file: Path | None = None) -> list[TestItem]:
+    """The prompts and starting noises that models are compared on, spread evenly over categories and seen or unseen.
+
+    The prompts of `file`, or the run's own and, where they are of a grammar, those that it holds out from feedback. Of
+    a run in the embedded world with the world's prompts, all that get feedback and all that are held out. InputError
+    where there are none.
+    """
+    rng, seed = random.Random(settings["seed"]), settings["seed"]
+    own, dealt = _stored_prompts(run.folder), run.settings.get("seed", seed)  # which decides what is held out
+    seen, unseen = ([prompt.text for prompt in part] for part in split(GRAMMAR, dealt)[:2])
+    if file is None and run.world == WORLD and set(own) <= set(seen):
+        if settings.get("images"):  # the test's prompts follow those of the feedback in one random order
+            spread(seen, _categories(seen), settings["images"], rng)
+    else:
+        texts = read_prompts(file) if file is not None else own + _held_out(own, dealt)
+        seen = [text for text in texts if text in set(own)]
+        unseen = [text for text in dict.fromkeys(texts) if text not in set(own)]
+    sides = [(name, prompts) for name, prompts in (("seen", seen), ("unseen", unseen)) if prompts]
+    if not sides:
+        raise InputError(f"{run.folder}: no prompts to compare on; accepted: a run with images, or --prompts FILE")
+    repeat = settings["test_images_per_prompt"] or 1
+    if settings["test_images"] > NOISES:
+        raise InputError(f"--test-images: {settings['test_images']}; accepted: up to {NOISES}")
+    items: list[TestItem] = []
+    for name, prompts in sides:
+        number = max(1, settings["test_images"] // len(sides) // repeat)
+        for prompt in spread(prompts, _categories(prompts), number, rng):
+            category = _category(prompt)
+            groups = (category, name) if category else (name,)
+            for _ in range(repeat):
+                items.append(TestItem(prompt, noise_seed(seed, len(items), test=True), groups))
+    return items
+
+
+def _stored_prompts(folder: Path) -> list[str]:
+    """The prompts of a run's images, each once."""
+    if not (folder / "feedback.sqlite").is_file():
+        return []
+    store = FeedbackStore(folder, read_only=True)
+    try:
+        return list(dict.fromkeys(image.prompt for image in store.images()))
+    finally:
+        store.close()
+
+
+def _held_out(own: Sequence[str], seed: int) -> list[str]:
+    """The held-out prompts of the grammars that all of the prompts `own` are of; none where one is of no grammar."""
+    found = [known for text in own if (known := recognise(text)) is not None]
+    if len(found) < len(own):
+        return []
+    return [prompt.text for grammar in dict.fromkeys(known[1] for known in found) for prompt in split(grammar, seed)[1]]
+
+
+def _category(text: str) -> str:
+    found = recognise(text)
+    return found[0].category if found else ""
+
+
+def _categories(texts: Sequence[str]) -> list[str]:
+    return [_category(text) for text in texts]
+
+
+# ---------------------------------------------------------------------------------------------------- what is answered
+def evaluate(
+    run: Run,
+    models: Sequence[Model],
+    items: Sequence[TestItem],
+    settings: dict[str, Any],
+    device: torch.device,
+    *,
+    reward: Path | None,
+    reference: Path | None = None,
+) -> dict[str, Any]:
+    """Models (name, source, loader) compared on the items, one entry of results.json; gains are over the first."""
+    good = reference_images(reference) if reference is not None else None  # a mistake is told before all sampling
+    judge = load_reward(reward, device) if reward is not None else None
+    own = reward is None or reward == run.folder / "reward"  # the run knows where its CLIP lies now
+    clip = judge.clip if judge is not None and not own else CLIP.from_pretrained(settings["clip"], device=device)
+    learned_with = run.stages.get("reward", {}).get("made_from", {}).get("clip")
+    if own and judge is not None and learned_with not in (None, digest(clip_digest(clip))):
+        raise InputError(f"CLIP {settings['clip']}: not the one that the reward model of {run.folder} learned with")
+    sides = [judge_model(run, *model, items, settings, clip, judge) for model in models]
+    judges = list(dict.fromkeys(name for side in sides for name in side.values))
+    judged = {name: by_group(sides, name, items) for name in judges}
+    of_all = [name for name in judges if all("overall" in judged[name].get(side.name, {}) for side in sides)]
+    return {
+        "judge": next(name for name in (SIMULATED, PEOPLE, REWARD, *of_all) if name in of_all),
+        "models": {
+            side.name: {"source": side.source, "images": side.folder.relative_to(run.folder).as_posix()}
+            for side in sides
+        },
+        "settings": {key: settings[key] for key in settings if "evaluate" in BY_NAME[key].stages},
+        "judged": judged,
+        **distances(run, good, sides, items, clip, settings["seed"]),
+        **({"reference": str(reference)} if reference is not None else {}),
+        "best_of_n": best_of_curves(sides, items),
+        "samples": samples(sides, items, run.folder),
+    }
+
+
+def run_models(run: Run, device: torch.device, dtype: str) -> list[Model]:
+    """A run's base model and its fine-tuned one; InputError where there is no fine-tuned one yet."""
+    tuned = run.folder / "model"
+    if not (tuned / "model_index.json").is_file():
+        raise InputError(f"{run.folder}: no model/ to compare; python -m minialign.finetune {run.folder} makes it")
+    after = partial(Pipeline.from_pretrained, tuned, device=device, dtype=getattr(torch, dtype))
+    base = partial(load_model, run, {}, device, dtype)
+    return [(BASE, run.settings.get("model"), base), (TUNED, str(tuned), after)]
+
+
+def evaluate_run(run: Run, settings: dict[str, Any], device: torch.device, redo: bool = False) -> None:
+    """The last stage of a run, unless it is done: its model before and after, in results.json."""
+    models = run_models(run, device, settings["sampling_dtype"])
+    items = test_items(run, settings)
+
+    def inputs() -> dict[str, str]:
+        return {
+            "test prompts": digest(json.dumps([(item.prompt, item.seed) for item in items])),
+            "fine-tuned model": file_digest(run.folder / "model" / "unet" / f"{WEIGHTS[0]}.safetensors"),
+            "reward model": file_digest(run.folder / "reward" / MODEL),
+            LABELS: _labels_of_images(run),
+        }
+
+    why = f"before and after sample {len(items)} images each from the same new noise"
+    with run.stage("evaluate", why, settings, inputs, redo=redo) as todo:
+        if todo:
+            found = evaluate(run, models, items, settings, device, reward=run.folder / "reward")
+            store_results(run, {"evaluation": found})
+            run.stages["evaluate"]["made_from"][LABELS] = _labels_of_images(run)
+            plot_best_of(run.folder / "best-of-n.png", found["best_of_n"])
+
+
+def _labels_of_images(run: Run) -> str:
+    """`digest` of what people said of the images that the run's models were judged by."""
+    rows = []
+    for model in read_results(run).get("evaluation", {}).get("models", {}).values():
+        place = run.folder / model["images"]
+        if (place / "feedback.sqlite").is_file():
+            store = FeedbackStore(place, read_only=True)
+            rows += store.label_rows()
+            store.close()
+    return digest(json.dumps(rows))
+
+
+def compare_models(
+    run: Run,
+    settings: dict[str, Any],
+    device: torch.device,
+    *,
+    models: Sequence[str] | None = None,
+    prompts: Path | None = None,
+    reward: Path | None = None,
+    reference: Path | None = None,
+) -> str:
+    """A further comparison, kept beside others in results.json; its name there."""
+    if models:
+        sources = {name: None if name == "embedded" else name for name in models}
+        how = {"device": device, "dtype": getattr(torch, settings["sampling_dtype"])}
+        chosen: list[Model] = []
+        for name, source in sources.items():
+            chosen.append((name, source, partial(Pipeline.from_pretrained, source, **how)))
+    else:
+        chosen = run_models(run, device, settings["sampling_dtype"])
+    if reward is None and (run.folder / "reward" / MODEL).is_file():
+        reward = run.folder / "reward"
+    if settings["clip"] is None and not run.world and reward is None:
+        settings = settings | {"clip": CLIP_OF_PAPER}
+    items = test_items(run, settings, prompts)
+    found = evaluate(run, chosen, items, settings, device, reward=reward, reference=reference)
+    content = [sorted(one["images"] for one in found["models"].values()), str(reward), str(reference)]
+    name = digest(json.dumps(content)).partition(":")[2][:8]
+    before = read_results(run).get("comparisons", {})
+    store_results(run, {"comparisons": before | {name: found}})
+    plot_best_of(run.folder / "best-of-n.png", found["best_of_n"])
+    return name
+
+
+# ------------------------------------------------------------------------------------------------ the one results file
+def read_results(run: Run) -> dict[str, Any]:
+    path = run.folder / "results.json"
+    found = read_json(path) if path.exists() else {}
+    for one in (found.get("evaluation", WHOLE), *dict(found.get("comparisons", {})).values()):
+        if not isinstance(one, dict) or not WHOLE.keys() <= one.keys():
+            raise InputError(f"{path}: damaged; remove it, then --redo makes it again")
+    return found
+
+
+def store_results(run: Run, found: Mapping[str, Any]) -> None:
+    write_json(run.folder / "results.json", read_results(run) | dict(found))
+
+
+def write_results(run: Run) -> dict[str, Any]:
+    """Bring results.json up to date with what the run's stages left; its content."""
+    seconds = {name: state["seconds"] for name, state in run.stages.items() if "seconds" in state}
+    results: dict[str, Any] = {"minialign": __version__, "settings": run.settings}
+    results["seconds"] = seconds | {"total": round(sum(seconds.values()), 2)}
+    results["interruptions"] = sum(state["begun"] - 1 for state in run.stages.values())  # their time is not counted
+    store = FeedbackStore(run.folder, read_only=True)
+    try:
+        images, labels = len(store.images()), len(store.labels())
+    finally:
+        store.close()
+    results["counts"] = {"images": images, "labels": labels}
+    held_out = run.folder / "reward" / "held_out.json"
+    if held_out.exists():
+        results["reward"] = read_measured(held_out.parent)
+    before = read_results(run)
+    if "evaluation" in before:
+        first = before["evaluation"]["judged"][before["evaluation"]["judge"]][BASE]["overall"]
+        results["counts"]["evaluated"] = first["n"]
+    write_json(run.folder / "results.json", before | results)
+    return before | results

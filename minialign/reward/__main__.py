@@ -1,0 +1,43 @@
+"""Stage 2 of the method: learn the reward model r(x,z) from the labels of a run: python -m minialign.reward RUN
+
+Trains the reward model on the labels in RUN, with and without the auxiliary loss, and measures both beside the raw CLIP
+score on labels that it did not learn from: images of known prompts, and images of prompts that are held out whole. The
+model with the auxiliary loss is kept in RUN/reward, with its rewards of all images of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..engine.commands import Parser, run_command
+from ..engine.processes import pick_device
+from ..engine.run import is_run, opened
+from ..engine.settings import add_flags, add_run_flags, given
+from ..files import InputError
+from ..pages.cards import reward_table
+from . import learn_from_run, read_measured
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="python -m minialign.reward", description=(__doc__ or "").split("\n\n")[1])
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run with labels")
+    add_run_flags(parser)
+    add_flags(parser, "reward")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse_arguments()
+    device = pick_device(args.device)
+    if not is_run(args.run):
+        raise InputError(f"{args.run}: not a run; accepted: a run of generate, or label --import FILE")
+    with opened(args.run) as run:
+        settings = run.resolve(given(args), embedded=bool(run.world))
+        learn_from_run(run, settings, device, args.redo)
+    print(f"\n{reward_table(read_measured(args.run / 'reward'))}\n\n{args.run / 'reward'}")
+
+
+if __name__ == "__main__":
+    run_command(main)

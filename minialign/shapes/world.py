@@ -1,0 +1,79 @@
+"""The door to the embedded world: its name, its prompts, its annotator, its drawings. Nothing else knows its insides.
+
+A pipeline is of this world where its checkpoint says so (`Pipeline.world`), as the embedded one does and every model
+that is fine-tuned from it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from PIL import Image
+
+from ..prompts import SHAPES, Prompt, all_prompts, corrupt, parse, split
+from .annotator import judge, read
+from .scenes import draw, sample_scene
+
+WORLD = "shapes"
+GRAMMAR = SHAPES
+# Pre-training captions name the object, but say another count, color or background with this probability: what the
+# paper's models get wrong too. Backgrounds are learned most easily. Without the object's name a small model draws
+# in-between shapes.
+CAPTION_NOISE = {"count": 0.4, "color": 0.4, "background": 0.6}
+
+
+def knows(texts: Sequence[str]) -> bool:
+    """Whether all of the texts are prompts of this world."""
+    return all(parse(text, GRAMMAR) is not None for text in texts)
+
+
+def prompts(seed: int) -> tuple[list[str], list[str]]:
+    """The prompts that get feedback, and those that are held out from it, in a random order that the seed decides."""
+    seen, unseen, _ = split(GRAMMAR, seed)
+    return [prompt.text for prompt in seen], [prompt.text for prompt in unseen]
+
+
+def annotate(pictures: Sequence[Image.Image], texts: Sequence[str]) -> list[str]:
+    """The simulated annotator's verdicts on images for prompts: good, bad, or skip where it cannot read an image."""
+    return judge(pictures, [_parsed(text) for text in texts])
+
+
+def pretraining_pairs(number: int, seed: int) -> list[tuple[str, Image.Image]]:
+    """Drawings with captions as noisy as those of the pre-training, of prompts that are never judged."""
+    rng = random.Random(seed + 1)
+    pairs = []
+    for caption in rng.choices(split(GRAMMAR, seed)[2], k=number):
+        shown = corrupt(caption, CAPTION_NOISE, GRAMMAR, rng)  # mistakes are as likely in either direction
+        pairs.append((caption.text, draw(sample_scene(shown, rng), rng)))
+    return pairs
+
+
+def drawings(texts: Sequence[str], seed: int) -> list[Image.Image]:
+    """A fresh drawing of what each prompt asks for."""
+    rng = random.Random(seed + 2)
+    return [draw(sample_scene(_parsed(text), rng), rng) for text in texts]
+
+
+def shown(pictures: Sequence[Image.Image], seed: int) -> list[Image.Image | None]:
+    """A fresh drawing of what each image shows, whatever it was made for; None where the annotator cannot read it.
+
+    What images look like is measured against these: drawings of the prompts would have other counts and colors than
+    images that are not aligned, so that a distance to them is a measure of alignment too. Objects of several colors, or
+    of none of the palette's, are drawn in one color of the palette.
+    """
+    rng = random.Random(seed + 3)
+    found = []
+    for scene in map(read, pictures):
+        if scene is not None and scene.color not in GRAMMAR.colors:
+            scene = replace(scene, color=rng.choice(GRAMMAR.colors))
+        found.append(None if scene is None else draw(scene, rng))
+    return found
+
+
+def _parsed(text: str) -> Prompt:
+    prompt = parse(text, GRAMMAR)
+    if prompt is None:
+        raise ValueError(f"{text!r} is not a prompt of the embedded world, such as {all_prompts(GRAMMAR)[-1].text!r}")
+    return prompt
