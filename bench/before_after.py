@@ -1,7 +1,7 @@
 """The README's picture from a finished run: python bench/before_after.py runs/shapes docs/before_after.png
 
-The first samples of each category that the report shows, seen and unseen in turn; above before, below after, from the
-same noise.
+The first sample of each category of prompts, seen and unseen: nothing is chosen. Above is the base model's image, below
+the fine-tuned model's from the same noise, each with its verdict. Twice as wide as a README shows it (800 pixels).
 """
 
 from __future__ import annotations
@@ -9,32 +9,66 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-COLUMNS, TILE, GAP, TEXT = 8, 128, 8, 34
+COLUMNS, WIDTH, MARGIN, GAP, MARK = 8, 1600, 168, 12, 30
+COLORS = {"good": "#17764a", "bad": "#b0412b", "skip": "#5d6269"}
+
+
+def first_samples(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first sample of each of the groups that there are, then the second of each, up to the number of columns."""
+    kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for sample in samples:
+        kinds.setdefault(tuple(sample["groups"]), []).append(sample)
+    chosen = [sample for k in range(COLUMNS) for kind in kinds.values() for sample in kind[k : k + 1]][:COLUMNS]
+    return sorted(chosen, key=lambda sample: list(kinds).index(tuple(sample["groups"])))
+
+
+def mark(pen: ImageDraw.ImageDraw, x: int, y: int, verdict: str, font: Any) -> None:
+    """A verdict as a sign and a word; the sign is drawn, since not every font has it."""
+    color, line = COLORS[verdict], {"width": 4, "joint": "curve"}
+    if verdict == "good":
+        pen.line([(x, y + 13), (x + 7, y + 21), (x + 19, y + 5)], color, **line)
+    elif verdict == "bad":
+        pen.line([(x + 2, y + 5), (x + 17, y + 21)], color, **line)
+        pen.line([(x + 17, y + 5), (x + 2, y + 21)], color, **line)
+    else:
+        pen.line([(x, y + 13), (x + 18, y + 13)], color, **line)
+    pen.text((x + 27, y - 2), verdict, color, font)
+
+
+def wrapped(pen: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> str:
+    """A text in lines of at most a width in pixels."""
+    lines = [""]
+    for word in text.split():
+        line = f"{lines[-1]} {word}".strip()
+        lines = [*lines[:-1], line] if pen.textlength(line, font) <= width else [*lines, word]
+    return "\n".join(lines)
 
 
 def main(run: Path, out: Path) -> None:
-    samples = json.loads((run / "samples.json").read_text())["samples"]
-    groups: dict[tuple[str, str], list] = {}
-    for sample in samples:
-        groups.setdefault((sample["category"], sample["split"]), []).append(sample)
-    chosen = [sample for k in range(8) for group in groups.values() for sample in group[k : k + 1]][: 2 * COLUMNS]
-    rows = -(-len(chosen) // COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * (TILE + GAP) + GAP, rows * (2 * TILE + TEXT + 2 * GAP) + GAP), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for i, sample in enumerate(chosen):
-        x = GAP + i % COLUMNS * (TILE + GAP)
-        y = GAP + i // COLUMNS * (2 * TILE + TEXT + 2 * GAP)
-        for side, top in (("before", y), ("after", y + TILE + 2)):
-            image = Image.open(run / sample[side]["image"]).resize((TILE, TILE), Image.Resampling.BICUBIC)
-            sheet.paste(image, (x, top))
-        words, lines = sample["prompt"].split(), [""]
-        for word in words:
-            line = f"{lines[-1]} {word}".strip()
-            lines = [*lines[:-1], line] if pen.textlength(line, font) <= TILE else [*lines, word]
-        pen.multiline_text((x, y + 2 * TILE + 6), "\n".join(lines), "black", font, spacing=2)
+    evaluation = json.loads((run / "results.json").read_text(encoding="utf-8"))["evaluation"]
+    models, chosen = list(evaluation["models"])[:2], first_samples(evaluation["samples"])
+    tile = (WIDTH - MARGIN - COLUMNS * GAP) // COLUMNS
+    font, bold = ImageFont.load_default(24), ImageFont.load_default(26)
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    prompts = [wrapped(pen, sample["prompt"], font, tile) for sample in chosen]
+    top = GAP + 30 * max(prompt.count("\n") + 1 for prompt in prompts) + GAP
+    row = tile + MARK + 2 * GAP
+    sheet = Image.new("RGB", (WIDTH, top + 2 * row), "white")
+    pen = ImageDraw.Draw(sheet)
+    for k, model in enumerate(models):
+        pen.multiline_text((GAP, top + k * row + tile // 2 - 30), wrapped(pen, model, bold, MARGIN), "#1d2024", bold)
+    for i, (sample, prompt) in enumerate(zip(chosen, prompts)):
+        x = MARGIN + i * (tile + GAP)
+        pen.multiline_text((x, top - GAP), prompt, "#1d2024", font, anchor="ld", spacing=4)
+        for k, model in enumerate(models):
+            with Image.open(run / sample["images"][model]) as image:
+                sheet.paste(image.convert("RGB").resize((tile, tile), Image.Resampling.BICUBIC), (x, top + k * row))
+            if sample["verdicts"].get(model) in COLORS:
+                mark(pen, x, top + k * row + tile + GAP // 2, sample["verdicts"][model], font)
     sheet.save(out, optimize=True)
 
 

@@ -1,4 +1,4 @@
-"""The study: its statistics, what its cells change, its page; and, slow, the whole of it in small."""
+"""The study: what its cells change and what is measured of them; and, slow, the whole of it in small."""
 
 from __future__ import annotations
 
@@ -9,58 +9,28 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from minialign import study
-from minialign.evaluate import contrasts, student_t
-from minialign.models.pretrained import InputError
-from minialign.study import BASE, CELLS, SIZES, Cell, labels_of, looked_at, measured, questions
-from minialign.study_page import Question, Row, table, told, with_blocks
-
-
-def test_student_t_is_the_tabled_one():
-    """Quantiles at 97.5 % as every table of the t distribution has them."""
-    for freedom, tabled in ((1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (10, 2.228), (30, 2.042), (120, 1.980)):
-        assert student_t(freedom) == pytest.approx(tabled, abs=6e-4)
-    assert student_t(2, 0.9) == pytest.approx(2.920, abs=6e-4)
-    assert student_t(1, 0.5) == pytest.approx(1, abs=1e-5)  # Cauchy's quartile
-
-
-def test_contrasts_are_those_of_the_linear_model():
-    """y_rs = mu_r + b_s + e_rs by least squares on a design matrix, and the standard error from its covariance."""
-    rng = np.random.default_rng(0)
-    rows, blocks = 5, 3
-    y = rng.normal(size=(rows, blocks)) + rng.normal(size=blocks) * 5
-    design = np.zeros((rows * blocks, rows + blocks - 1))
-    for r in range(rows):
-        for s in range(blocks):
-            design[r * blocks + s, r] = 1
-            if s:
-                design[r * blocks + s, rows + s - 1] = 1
-    solution, *_ = np.linalg.lstsq(design, y.ravel(), rcond=None)
-    freedom = (rows - 1) * (blocks - 1)
-    variance = np.square(y.ravel() - design @ solution).sum() / freedom
-    inverse = np.linalg.inv(design.T @ design)
-    alone = rng.normal(size=(1, blocks)) * 100  # scatters more, and is kept out
-    found = contrasts(torch.tensor(np.concatenate([y, alone])), reference=1, apart=[rows])
-    assert found.pop() == pytest.approx(contrasts(torch.tensor(np.stack([y[1], alone[0]])), 0)[1])
-    for r, (difference, low, high) in enumerate(found):
-        which = np.eye(design.shape[1])[r] - np.eye(design.shape[1])[1]
-        half = student_t(freedom) * math.sqrt(variance * which @ inverse @ which)
-        assert difference == pytest.approx(which @ solution, abs=1e-9)
-        if r != 1:
-            assert (high - low) / 2 == pytest.approx(half)
-
-
-def test_two_rows_are_the_paired_t_test():
-    before, after = torch.tensor([0.40, 0.50, 0.45]).double(), torch.tensor([0.70, 0.72, 0.80]).double()
-    gains = (after - before).numpy()
-    half = 4.302653 * gains.std(ddof=1) / math.sqrt(3)
-    difference, low, high = contrasts(torch.stack([before, after]), 0)[1]
-    assert [difference, low, high] == pytest.approx([gains.mean(), gains.mean() - half, gains.mean() + half], rel=1e-5)
+from minialign.engine.run import Run
+from minialign.evaluate import Judged
+from minialign.evaluate import TestItem as Item
+from minialign.files import InputError
+from minialign.finetune import WEIGHTINGS
+from minialign.measures import frechet_distance
+from minialign.models.clip import CLIP
+from minialign.models.reward import embed_images, embed_texts
+from minialign.pages.study_page import METRICS
+from minialign.reward.labels import Labelled, Split, contrastive_table
+from minialign.shapes.world import drawings, prompts
+from minialign.study import __main__ as study
+from minialign.study.cells import CELLS, DEFAULTS, SIZES, Cell, looked_at
+from minialign.study.filling import fill, labels_of, measured, point, relabelled, world
+from minialign.study.questions import SEEDS, questions
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -83,21 +53,20 @@ def test_the_grid_is_the_papers_questions():
     def settings(key):
         return {cell.settings[key] for cell in CELLS.values() if key in cell.settings}
 
-    default = study.EMBEDDED_DEFAULTS
     assert settings("beta") == {0, 0.1, 0.5, 1, 2}
-    assert settings("lambda") | {default["lambda"]} == {0, 0.25, 0.5, 1}
-    assert settings("temperature") | {default["temperature"]} == {0.1, 0.5, 1, 2}
+    assert settings("lambda") | {DEFAULTS["lambda"]} == {0, 0.25, 0.5, 1}
+    assert settings("temperature") | {DEFAULTS["temperature"]} == {0.1, 0.5, 1, 2}
     for unlabelled in (True, False):
-        parts = {cell.part for cell in CELLS.values() if cell.unlabelled == unlabelled}
-        assert parts == {0.05, 0.1, 0.25, 0.5, 1}
+        fractions = {cell.fraction for cell in CELLS.values() if cell.unlabelled == unlabelled}
+        assert fractions == {0.05, 0.1, 0.25, 0.5, 1}
     assert {cell.flipped for cell in CELLS.values()} == {0, 0.1, 0.2, 0.3}
-    assert settings("weighting") == study.WEIGHTINGS.keys() - {"reward"}
-    assert SIZES["full"]["long"]["steps"] == 10 * default["steps"]
+    assert settings("weighting") == WEIGHTINGS.keys() - {"reward"}
+    assert SIZES["full"]["long"]["steps"] == 10 * DEFAULTS["steps"]
 
 
 def test_parts_of_the_labels_are_nested_and_labellers_err_as_often_as_told():
     truth = {i: float(i % 3 == 0) for i in range(20_000)}
-    parts = [labels_of(Cell(part=part), truth, seed=1) for part in (0.05, 0.25, 1)]
+    parts = [labels_of(Cell(fraction=part), truth, seed=1) for part in (0.05, 0.25, 1)]
     assert [len(part) for part in parts] == [1000, 5000, 20_000]
     assert parts[0].items() <= parts[1].items() <= parts[2].items() and parts[2] == truth
     wrong = []
@@ -110,50 +79,82 @@ def test_parts_of_the_labels_are_nested_and_labellers_err_as_often_as_told():
         assert len(found) / len(truth) == pytest.approx(chance, abs=4 * math.sqrt(chance / len(truth)))
 
 
-def test_the_table_gives_means_and_intervals_of_differences():
-    rows = [BASE, Row("a", "default"), Row("b", "plain")]
-    question = Question("title", rows, 1, ("aligned",), metrics=("aligned", "diversity"))
-    numbers = {"base": (0.40, 0.44, 0.43), "default": (0.70, 0.74, 0.72), "plain": (0.71, 0.74, 0.73)}
-    found = {
-        (cell, seed): {"points": {"": {"aligned": value[seed], "diversity": None if seed and cell == "base" else 0.25}}}
-        for cell, value in numbers.items()
-        for seed in (0, 1, 2)
-    }
-    lines = table(question, rows, question.metrics, found, (0, 1, 2)).split("\n")
-    assert lines[0] == "|  | aligned ↑ | diversity ↑ |"
-    assert lines[3] == "| a | 72.0 % | 0.250 |"
-    expected = contrasts(torch.tensor([numbers[row.cell] for row in rows]).double(), 1, [0])
-    (_, low, high), (_, down, up) = expected[0], expected[2]
-    assert high < 0 and down < 0 < up  # one is carried, the other is not
-    assert lines[2] == f"| no fine-tuning | 42.3 % (**{100 * low:+.1f} to {100 * high:+.1f}**) | – |"
-    assert lines[4] == f"| b | 72.7 % ({100 * down:+.1f} to {100 * up:+.1f}) | 0.250 |"
-    assert told(0.1234, "aligned", signed=True) == "+12.3" and told(0.5, "held_out auc") == "0.500"
+def labelled(texts: list[str], split: Split, labels: list[float], clip: CLIP) -> Any:
+    """What a main job leaves of images of prompts, one each: a drawing of each, and labels of all of them."""
+    among = [texts[i] for i in split.learn]
+    table, columns = contrastive_table(texts, among, {text: text for text in texts}, seed=0)
+    images = embed_images(clip, drawings(texts, seed=0))
+    tokens = {i: (i,) for i in range(len(texts))}
+    data = Labelled(images, embed_texts(clip, table), columns, dict(enumerate(labels)), split, tokens)
+    return SimpleNamespace(data=data, prompts=texts, clip=clip)
 
 
-def test_a_cell_is_measured_on_what_it_scores_itself():
-    """Held-out labels against rewards that are given, those of unseen prompts against what scores in the cell."""
-    here = type("Here", (), {})()
-    here.held_out = {1: 1.0, 3: 0.0}
+def test_a_cells_reward_contrasts_with_the_prompts_of_its_own_labels_alone(tmp_path):
+    """A prompt that nobody judged would be met as a wrong answer alone."""
+    texts = prompts(0)[0][:60]
+    split = Split(list(range(10, 60)), list(range(5, 10)), list(range(5)))
+    here = labelled(texts, split, [float(i % 2) for i in range(60)], CLIP.from_pretrained())
+    here.folder = tmp_path
+    data = relabelled(Cell(fraction=0.5, flipped=0.3), here, seed=0)
+    assert len(data.split.learn) == 25
+    assert (data.split.known, data.split.new) == (split.known, split.new)
+    assert all(data.labels[i] == here.data.labels[i] for i in (*split.known, *split.new))
+    own = data.columns[:, 0]
+    assert torch.equal(data.texts[own], here.data.texts[here.data.columns[:, 0]])
+    met = {int(row) for row in data.columns[data.split.learn].flatten() if row >= 0}
+    assert met == {int(own[i]) for i in data.split.learn}
+    changed = [i for i in data.split.learn if data.labels[i] != here.data.labels[i]]
+    assert 0 < len(changed) < 15
+
+
+def test_a_cell_is_measured_by_what_scores_in_it():
+    """On held-out labels of known prompts, and on labels of unseen ones."""
+    here: Any = SimpleNamespace()
+    image, text = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.2, 1]]), torch.tensor([[1.0, 0]] * 4)
+    split = Split([0, 2], [1, 3], [])
+    here.data = Labelled(image, text, torch.arange(4)[:, None], {0: 1.0, 1: 1.0, 2: 0.0, 3: 0.0}, split, {})
+    here.text = text
     here.unseen = torch.tensor([[1.0, 0], [0, 1], [1, 1]]), torch.tensor([[1.0, 0]] * 3), torch.tensor([1.0, 0, 0])
-    reward = torch.tensor([0.0, 0.9, 0.0, 0.2])
-    by_clip = measured(CELLS["clip-raw"], here, None, reward)
+    raw, fitted = CELLS["clip-raw"].score, CELLS["clip-fitted"].score
+    assert raw and fitted
+    by_clip = measured(lambda image, text: raw(here.data, image, text), here)
     assert by_clip["held_out"]["accuracy"] == 1 and by_clip["held_out"]["auc"] == 1
     assert by_clip["unseen"]["accuracy"] == pytest.approx(2 / 3)  # cosines 1, 0, 0.71
-    by_model = measured(Cell(), here, lambda image, text: torch.tensor([0.1, 0.2, 0.3]), reward)
-    assert by_model["unseen"]["auc"] == 0
+    wrong = measured(lambda image, text: torch.tensor([0.1, 0.2, 0.3])[: len(image)], here)
+    assert wrong["unseen"]["auc"] == 0 and wrong["held_out"]["auc"] == 0
+    middle = fitted(here.data, torch.tensor([[1, 3**0.5]]), text[:1])  # of the cosines of labels that are not held out
+    assert middle == pytest.approx(0.5, abs=1e-3) and fitted(here.data, image[3:], text[:1]) < 0.1
 
 
-def test_the_words_beside_the_tables_stay(tmp_path):
-    page = tmp_path / "results.md"
-    page.write_text(with_blocks(page, {"a": ("A", "one"), "b": ("B", "two")}))
-    written = page.read_text().replace("## B", "Words of a reader.\n\n## B, renamed")
-    page.write_text(written)
-    again = with_blocks(page, {"a": ("A", "three"), "b": ("B", "two")})
-    assert again == written.replace("\none\n", "\nthree\n") and again.count("measured: a") == 1
-    for wrong in (written.replace("<!-- end of a -->", ""), written + "<!-- measured: a -->"):
-        page.write_text(wrong)
-        with pytest.raises(InputError, match="end of a"):
-            with_blocks(page, {"a": ("A", "one")})
+def test_fidelity_is_the_distance_to_what_images_show_and_not_to_what_was_asked(tmp_path):
+    """Of as many images whatever can be read; those that cannot count as not readable, and in the other distance."""
+    clip, asked = CLIP.from_pretrained(), ["a red circle", "two stars"] * 8
+    made = drawings([*prompts(0)[0][:13], *asked[13:]], seed=1)
+    pictures = [Image.new("RGB", (64, 64), "white") if i in (2, 7) else image for i, image in enumerate(made)]
+    paths = [tmp_path / f"{i}.png" for i in range(16)]
+    for path, picture in zip(paths, pictures):
+        picture.save(path)
+    items = [Item(text, i, ("seen",) if i % 2 else ("unseen",)) for i, text in enumerate(asked)]
+    verdicts = ["skip" if i in (2, 7) else "good" if i > 12 else "bad" for i in range(16)]
+    features, reference = embed_images(clip, pictures), embed_images(clip, drawings(asked, seed=0))
+    side = Judged("", "", tmp_path, paths, features, {"reward": [0.25] * 16}, list(verdicts), None)
+    here: Any = SimpleNamespace(settings={"seed": 0}, items=items, clip=clip, asked=reference, distances=14)
+    found = point(here, side, range(16))
+    assert found["readable"] == 14 / 16 and found["aligned"] == 3 / 16 and found["unseen"] == 1 / 8
+    assert found["asked"] == frechet_distance(features, reference) and found["asked_images"] == 16
+    assert found["fidelity_images"] == 14 and 0 < found["fidelity"] < 0.5 * found["asked"]
+    assert found["mean_reward"] == 0.25 and found["gap"] == 0.25 - 3 / 16
+    assert METRICS.keys() >= found.keys() - {"fidelity_images", "asked_images"}
+    some = point(SimpleNamespace(**(vars(here) | {"distances": 15})), side, range(16))
+    assert some["fidelity"] is None and some["cmmd"] is None and some["asked"] == found["asked"]
+
+
+def test_a_study_of_other_settings_is_not_continued(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    Run(tmp_path).remember(study={"size": "full"})
+    monkeypatch.setattr(sys, "argv", ["study", "--quick", "--out", str(tmp_path)])
+    with pytest.raises(InputError, match="a study of other settings"):
+        study.main()
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,7 @@ def test_the_command_quick(tmp_path):
     assert len(list((out / "docs").glob("*.png"))) == page.count("](study-") == len(questions("quick")) + 2
 
     found = dict.fromkeys(CELLS, "")
-    for seed in study.SEEDS:
+    for seed in SEEDS:
         result = {name: json.loads((out / name / f"seed-{seed}" / "result.json").read_text()) for name in CELLS}
         base, best = result["base"]["points"][""], result["best-of"]["points"]
         rewards = [base["mean_reward"], *(best[n]["mean_reward"] for n in ("2", "4"))]
@@ -225,11 +226,11 @@ def test_the_command_quick(tmp_path):
     seed = int(resumed.name.removeprefix("seed-"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    whole = study.fill("long", study.world(out, seed, "quick"), tmp_path / "long" / resumed.name, "quick")
+    whole = fill("long", world(out, seed, "quick"), tmp_path / "long" / resumed.name, "quick")
     torch.set_num_threads(threads)
     stopped = json.loads((resumed / "result.json").read_text())
-    for step, point in whole["points"].items():
-        known = {key: value for key, value in point.items() if value is not None}  # diversity needs pairs
+    for step, numbers in whole["points"].items():
+        known = {key: value for key, value in numbers.items() if value is not None}  # diversity needs pairs
         assert {key: stopped["points"][step][key] for key in known} == pytest.approx(known, rel=1e-3)
     left = [path.name for path in (out / "plain" / "seed-21").iterdir()]
     assert sorted(left) == [".lock", "result.json"]  # what is large is gone

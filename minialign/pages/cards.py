@@ -1,0 +1,235 @@
+"""Results as text: tables for the terminal, and the cards (README.md) of fine-tuned and reward models.
+
+An `evaluation` here is that of results.json: models by name, judges by name, and what each judge says of each model's
+images, by group of prompts (docs/formats.md). The first model is what the others are compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..prompts import CATEGORIES
+
+SCORES = {"reward": "mean reward", "CLIP score": "mean CLIP score"}  # of these judges; all others label images
+MEASURES = {  # key of an evaluation: name in a table of text
+    "frechet": "Frechet distance (lower is better)",
+    "cmmd": "CMMD (lower is better)",
+    "diversity": "diversity (higher is better)",
+    "readable": "readable images",
+}
+REWARD_MODELS = {
+    "auxiliary": "with the auxiliary loss",
+    "plain": "squared error alone",
+    "clip": "raw CLIP score",
+}
+
+
+def is_fraction(judge: str) -> bool:
+    """Whether what is said of a judge is a fraction of images (it calls them good or bad), and not a mean score."""
+    return judge not in SCORES
+
+
+def judged_by(judge: str) -> str:
+    """What a judge's number is, in words."""
+    if judge in SCORES:
+        return SCORES[judge]
+    return f"images judged good by {'people' if judge == 'people' else f'the {judge}'}"
+
+
+def in_order(groups: Iterable[str]) -> list[str]:
+    """Groups of prompts in the order in which they are shown: overall, the categories, then all others."""
+    there = dict.fromkeys(groups)
+    first = [group for group in ("overall", *CATEGORIES) if group in there]
+    return first + [group for group in there if group not in first]
+
+
+def number(value: float | None, percent: bool, digits: int = 3) -> str:
+    """A fraction in percent, or a number; "-" where there is none."""
+    return "-" if value is None else f"{100 * value:.1f} %" if percent else f"{value:,.{digits}f}"
+
+
+def difference(value: float, percent: bool) -> str:
+    """A difference with its sign, of fractions in percentage points."""
+    return f"{100 * value:+.1f}" if percent else f"{value:+.3f}"
+
+
+def interval(ends: Sequence[float] | None, percent: bool, signed: bool = False) -> str:
+    """The ends of a 95 % interval; images of one prompt have none."""
+    if ends is None:
+        return "n/a: one prompt"
+    return " to ".join(difference(end, percent) if signed else number(end, percent).replace(" %", "") for end in ends)
+
+
+def significance(ends: Sequence[float] | None) -> str:
+    """What a 95 % interval of a difference says of it."""
+    if ends is None:
+        return "no interval: n/a, one prompt"
+    return "no significant difference" if ends[0] <= 0 <= ends[1] else "significant at 5 %"
+
+
+# ----------------------------------------------------------------------------------------------- models compared
+def summary(results: Mapping[str, Any]) -> str:
+    """The table that ends a run: base and fine-tuned model by the judge whose verdicts count, and what it cost."""
+    evaluation = results["evaluation"]
+    return comparison(evaluation | {"judged": {evaluation["judge"]: evaluation["judged"][evaluation["judge"]]},
+                                    "best_of_n": {}})  # fmt: skip
+
+
+def comparison(evaluation: Mapping[str, Any]) -> str:
+    """All that an evaluation measured, as a table of text: a column for each model, and one for each gain."""
+    models = list(evaluation["models"])
+    lines = [line for judge in evaluation["judged"] for line in _judged(evaluation["judged"][judge], judge, models)]
+    for key, title in MEASURES.items():
+        found = evaluation.get(key) or {}
+        if any(found.get(name) is not None for name in models):
+            lines.append(_line(title, {name: number(found.get(name), key == "readable") for name in models}))
+    for chooser, tables in evaluation.get("best_of_n", {}).items():
+        for judge, curves in tables.items():
+            if all(len(curve["value"]) == 1 for curve in curves.values()):
+                continue  # prompts with one image each leave nothing to choose
+            lines += ["", f"best of N, chosen by {chooser}: {judged_by(judge)}"]
+            for i in range(max(len(curve["value"]) for curve in curves.values())):
+                values = {name: curve["value"][i] for name, curve in curves.items()}
+                cells = {name: number(values.get(name), is_fraction(judge)) for name in models}
+                lines.append(_line(f"  N = {i + 1}", cells))
+    if evaluation.get("reference"):
+        lines += ["", f"(distances are to {evaluation['reference']})"]
+    return "\n".join(lines)
+
+
+def _judged(table: Mapping[str, Mapping[str, Any]], judge: str, models: Sequence[str]) -> list[str]:
+    """The lines of one judge: each group's value of each model, and each model's gain over the first."""
+    percent, heads = is_fraction(judge), {name: name for name in models}
+    lines = [judged_by(judge), _line(f"{'  (95 % intervals)':22}{'images':>8}", heads, dict.fromkeys(models, "gain"))]
+    for group in in_order(group for groups in table.values() for group in groups):
+        entries = {name: table.get(name, {}).get(group, {}) for name in models}
+        gains = {
+            name: f"{difference(entry['gain'], percent)} ({interval(entry.get('gain_ci95'), percent, signed=True)})"
+            for name, entry in entries.items()
+            if entry.get("gain") is not None
+        }
+        count = max(entry.get("n", 0) for entry in entries.values())
+        values = {name: _with_interval(entry, percent) for name, entry in entries.items()}
+        lines.append(_line(f"  {group:20}{count:8,}", values, gains))
+    for name in models[1:]:
+        entry = table.get(name, {}).get("overall", {})
+        if entry.get("gain") is not None:
+            gain = difference(entry["gain"], percent) + " points" * percent
+            lines.append(f"  {name} over {models[0]}: {gain}, {significance(entry.get('gain_ci95'))}")
+    return [*lines, ""]
+
+
+def _line(title: str, values: Mapping[str, str], gains: Mapping[str, str] | None = None) -> str:
+    """A line of the table: what it is of, and a column for each model; beside all but the first, its gain."""
+    line, end = title, 30
+    for i, (name, value) in enumerate(values.items()):
+        end += max(18, len(name) + 2)
+        line += f"{value:>{end - len(line)}}"
+        if i and gains is not None:
+            line += f"{gains.get(name, ''):>26}"
+        end += 26 * (i > 0)
+    return line.rstrip()
+
+
+def _with_interval(entry: Mapping[str, Any], percent: bool) -> str:
+    """A value with its interval, which is as short as a column is narrow."""
+    text, ends = number(entry.get("value"), percent), entry.get("ci95")
+    if not ends:
+        return text
+    low, high = (f"{100 * end:.0f}" if percent else f"{end:.2f}" for end in ends)
+    return f"{text} ({low}-{high})"
+
+
+def model_card(results: Mapping[str, Any]) -> str:
+    """The README.md of a fine-tuned model: how it was made, what was measured, and what its author has to fill in."""
+    settings = results["settings"]
+    base = settings.get("model") or "minialign's embedded shapes checkpoint"
+    front = ["---", "license: other  # fill in; the base model's license holds for what is made from it"]
+    if settings.get("model") and not Path(settings["model"]).exists():
+        front.append(f"base_model: {settings['model']}")
+    front += ["library_name: diffusers", "pipeline_tag: text-to-image", "tags: [minialign, human-feedback]", "---"]
+    return "\n".join(
+        [
+            *front,
+            "",
+            "# Fine-tuned with human feedback",
+            "",
+            f"Made from {base} by minialign {results['minialign']}, reward-weighted likelihood after Lee et al. 2023",
+            "(arXiv 2302.12192), in the diffusers layout.",
+            "",
+            f"## Measured before and after, on {results['counts']['evaluated']} images of each model",
+            "",
+            "```",
+            summary(results),
+            "```",
+            "",
+            *_settings(settings),
+        ]
+    )
+
+
+def _settings(settings: Mapping[str, Any]) -> list[str]:
+    """The section of a card with all settings that have a value."""
+    rows = [f"| {key} | {value} |" for key, value in settings.items() if value is not None]
+    return ["## Settings", "", "| setting | value |", "| --- | --- |", *rows, ""]
+
+
+# ------------------------------------------------------------------------------------------------------- reward models
+def reward_table(reward: Mapping[str, Any]) -> str:
+    """How well a reward model predicts held-out labels, as text. `reward` is the content of held_out.json."""
+    head = f"{reward['labels']:,} labels, {number(reward['good_fraction'], True)} good."
+    lines = []
+    for split, held_out in reward["held_out"].items():
+        good, commoner = held_out["good_fraction"], "good" if held_out["good_fraction"] > 0.5 else "bad"
+        lines += [
+            "",
+            f"{split}: {held_out['labels']:,} held-out labels of {held_out['prompts']:,} prompts; always predicting "
+            f"{commoner} is right for {number(max(good, 1 - good), True)}",
+            f"{'':25}{'accuracy':>9}{'AUC':>7}{'ECE':>7}{'Brier':>7}{'prompt accuracy':>17}",
+        ]
+        for model, found in reward["measured"].items():
+            if split in found:
+                lines.append(_predicts(model, found[split], reward))
+    if not lines:
+        return f"{head} Too few prompts, or labels of one kind only, to hold any out: nothing was measured."
+    return "\n".join([head, *lines])
+
+
+def _predicts(model: str, found: Mapping[str, Any], reward: Mapping[str, Any]) -> str:
+    """A line of `reward_table`: one model on one kind of prompts."""
+    alone = model == "auxiliary" and not reward["settings"].get("lambda", 1)
+    cells = [f"{number(found.get('accuracy'), True):>9}"]
+    cells += [f"{number(found.get(key), False):>7}" for key in ("auc", "ece", "brier")]
+    cells += [f"{number(found.get('prompt_accuracy'), True):>17}"]
+    return f"  {'reward model (lambda 0)' if alone else REWARD_MODELS[model]:23}" + "".join(cells)
+
+
+def reward_card(reward: Mapping[str, Any]) -> str:
+    """The README.md of a reward model: what it is, how it was made, what was measured."""
+    clip = reward["settings"].get("clip") or "minialign's embedded CLIP"
+    return f"""# A reward model r(x,z) of images and prompts
+
+Made by minialign {__version__} after Lee et al. 2023 (arXiv 2302.12192), section 3.2: an MLP on the embeddings of
+{clip}, frozen.
+It predicts, from 0 to 1, how likely its annotators were to call an image good for its prompt. It was measured on
+held-out images like those that it learned from; how well it predicts for other images is unknown.
+
+    from minialign import RewardModel
+    reward = RewardModel.from_pretrained("this folder")
+    reward.score(images, prompts)  # PIL images, strings
+
+## Measured on held-out labels
+
+```
+{reward_table(reward)}
+```
+
+Known prompts have other images among those that it learned from; new prompts have none. ECE is the expected calibration
+error, Brier the mean squared error. Prompt accuracy is the fraction of the good images that score higher for their own
+prompt than for every contrastive one. The raw CLIP score is mapped to [0,1] by a logistic regression on the labels that
+were learned from.
+
+""" + "\n".join(_settings(reward["settings"]))

@@ -1,0 +1,77 @@
+"""The method's section 4, the analysis: what each choice does to alignment and fidelity: python -m minialign.study
+
+For each seed the main job is run; then, from its images, labels and reward, the pre-trained model is fine-tuned again
+with one choice changed, a cell of the study. Every cell is kept: the same command goes on. Labels and judgements are
+the simulated annotator's, the world is the embedded one.
+
+A seed is a block: its cells share images, labels, prompts of the test and starting noise, so that a cell is compared
+with another within each seed. y_cs = mu_c + b_s + e_cs (Fisher 1935); the interval of mu_c - mu_0 is Student's t.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+
+from ..engine.commands import Parser, in_range, run_command
+from ..engine.processes import say
+from ..engine.run import opened
+from ..engine.settings import LAST_SEED
+from ..files import InputError
+from ..finetune.__main__ import main_job
+from ..pages.study_page import with_blocks
+from .cells import CELLS, DEFAULTS, SIZES
+from .questions import SEEDS, page, questions
+from .workers import fill_all, missing
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(prog="python -m minialign.study", description=(__doc__ or "").split("\n\n")[1])
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a few minutes: tries everything, its numbers mean nothing")
+    add("--seeds", type=in_range(int, 0, LAST_SEED), nargs="+", default=SEEDS, help="three or more (default: 21 22 23)")
+    add("--out", type=Path, help="the study's folder (default: runs/study; with --quick: runs/study-quick)")
+    add("--docs", type=Path, help="folder of results.md and its figures (default: docs; with --quick: OUT/docs)")
+    jobs = torch.get_num_threads()
+    add("--jobs", type=in_range(int, 1), default=jobs, help=f"processes that fill cells (default: a core each, {jobs})")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    size = "quick" if args.quick else "full"
+    folder = args.out or Path("runs/study-quick" if args.quick else "runs/study")
+    docs = args.docs or (folder / "docs" if args.quick else Path("docs"))
+    seeds = list(dict.fromkeys(args.seeds))
+    if len(seeds) < 3:
+        raise InputError(f"--seeds: {len(seeds)} seeds say too little of chance; accepted: three or more that differ")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("the study draws figures: it needs matplotlib (pip install 'minialign[report]')")
+    names = ["setting", "categories", "strips", *questions(size)]
+    with_blocks(docs / "results.md", dict.fromkeys(names, ("", "")))  # or it would be known in an hour
+    with opened(folder) as study:
+        try:
+            docs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--docs {docs}: cannot be used ({error.strerror}); accepted: a folder") from error
+        plan = json.loads(json.dumps({"size": size, **SIZES[size], "defaults": DEFAULTS}))
+        if study.config.get("study", plan) != plan:
+            raise InputError(f"--out {folder}: a study of other settings was begun there; accepted: another folder")
+        study.remember(study=plan)
+        for seed in seeds:
+            say(f"main job of seed {seed}: all stages, and the images that its cells learn from")
+            with opened(folder / f"seed-{seed}") as job:
+                main_job(job, SIZES[size]["run"] | {"seed": seed}, torch.device("cpu"))
+        if left := missing(folder, seeds):
+            say(f"cells: {len(left)} of {len(seeds) * len(CELLS)} are left, in {args.jobs} processes")
+            fill_all(folder, seeds, size, args.jobs)
+        page(folder, docs / "results.md", seeds, size)
+    print(f"\n{docs / 'results.md'}, with its figures")
+
+
+if __name__ == "__main__":
+    run_command(main)
