@@ -1,8 +1,8 @@
 """The memory of fine-tuning Stable Diffusion, counted without a GPU and without the memory: python bench/plan_memory.py
 
-The trainer's step (minialign/finetune.py, `finetune`) runs on torch's fake tensors, which have a shape and no content,
-and the bytes of every tensor are counted while it lives by what counts them for real ones (`pairs.peak_memory`). The
-tables go to stdout and between two marks of docs/stable-diffusion.md.
+The trainer's own step (minialign/finetune/loop.py, `step_loss` and `State.update`) runs on torch's fake tensors, which
+have a shape and no content, and the bytes of every tensor are counted while it lives by what counts them for real ones
+(`pairs.peak_memory`). The tables go to stdout and between two marks of docs/stable-diffusion.md.
 
 The tensors are of the CPU, whose operations keep what CUDA's keep but for norms under autocast (`as_on_cuda`).
 Attention is the fused one, which keeps its result and a number a row, as CUDA's flash and memory-efficient kernels do.
@@ -27,13 +27,16 @@ from report import DOCS, _table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from minialign import NoiseSchedule, reward_weighted_loss
+from minialign import NoiseSchedule
+from minialign.engine.checkpoints import training_state
+from minialign.engine.optimising import progress, trained
+from minialign.finetune import FineTuning, step_loss
+from minialign.finetune.loop import State
 from minialign.models.blocks import ResnetBlock, Transformer2D
 from minialign.models.clip import CLIPTowers, ProjectedTextEncoder, TextEncoder
 from minialign.models.lora import adapters, add_lora
 from minialign.models.unet import UNet
 from minialign.models.vae import VAE
-from minialign.training import progress, trained, training_state
 
 BEGIN, END = "<!-- computed: python bench/plan_memory.py -->", "<!-- end of what was computed -->"
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
@@ -163,31 +166,22 @@ def measured(
     the rows, as an example, are pre-training pairs: their number changes no byte.
     """
     schedule = NoiseSchedule(torch.rand(1000))
-    optimizer = torch.optim.AdamW(trained(unet).values(), fused=True)
-    moments = [t for name, t in training_state(unet, optimizer, None, None).items() if ".exp_avg" in name]
+    state = State(unet, FineTuning(steps=1, beta=1.0, batch_size=rows, learning_rate=1e-5, dtype=dtype))
+    moments = [t for name, t in training_state(unet, state.optimizer, None, None).items() if ".exp_avg" in name]
 
-    def part(parts: int) -> None:
+    def backward(micro_batches: int) -> Tensor:
         x0, noise = torch.randn(rows, *latents), torch.randn(rows, *latents)
         t, is_pair = torch.randint(1000, (rows,)), torch.arange(rows) >= rows - rows // 4
         prompt = [torch.randn(rows, *shape) for shape in context]
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            prediction = unet(schedule.add_noise(x0, noise, t), t, *prompt)
-        target = schedule.target(x0, noise, t)
-        (prediction.detach().float() - target).square().flatten(1).mean(1)
-        loss = reward_weighted_loss(prediction, target, torch.rand(rows), is_pair)
-        (loss / parts).backward()
-
-    def step() -> None:
-        part(1)
-        nn.utils.clip_grad_norm_(trained(unet).values(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        loss, _ = step_loss(unet, schedule, x0, noise, t, prompt, torch.rand(rows), is_pair, dtype=dtype)
+        (loss / micro_batches).backward()
+        return loss.detach()
 
     with as_on_cuda():
-        alone = live_memory(step)
+        alone = live_memory(lambda: state.update(0, backward(1)))
         for p in trained(unet).values():
             p.grad = torch.zeros_like(p)
-        further = live_memory(lambda: part(2))
+        further = live_memory(lambda: backward(2))
     blocks = [size(module) for module in unet.modules() if isinstance(module, (ResnetBlock, Transformer2D))]
     return Plan(
         weights=size(unet),
@@ -280,7 +274,9 @@ def main() -> None:
         rest = sum(idle(model).values())
         table = [[*mode, *(gib(rest + found[(model, *mode, rows)].peak()) for rows in ROWS[model])] for mode in MODES]
         header = ["trained", "`--dtype`", "", *map(str, ROWS[model])]
-        parts.append(f"### {model.name}: GiB on the GPU by images in a process and part\n\n" + _table(header, table))
+        parts.append(
+            f"### {model.name}: GiB on the GPU by images in a micro-batch of a process\n\n" + _table(header, table)
+        )
     parts += [at_rest(found), in_processes(found), stages(), on_disk(found)]
     body = "\n\n".join(parts)
     print(body)
@@ -306,9 +302,7 @@ def at_rest(found: dict[tuple, Plan]) -> str:
             row += [p.ddp() - p.peak(), p.gradients, max(more)]
             table.append([model.name.split(",")[0], trains, *map(gib, row)])
     header = ["", "trained", "UNet", "gradients", "AdamW", "VAE, text", "CLIP", "ddp", "`--ema`", "`--accumulate`"]
-    return "### What of it is there at rest, and what flags add at most (GiB, half precision)\n\n" + _table(
-        header, table
-    )
+    return "### What stays in memory, and the most that flags add (GiB, half precision)\n\n" + _table(header, table)
 
 
 def in_processes(found: dict[tuple, Plan]) -> str:
@@ -332,7 +326,7 @@ def stages() -> str:
         with torch.device("meta"):
             there = size(UNet(model.unet)) + sum(unused.values())
         table.append([model.name.split(",")[0], *(gib(there + drawing(model, rows)) for rows in DRAWN)])
-    return "### Drawing and judging: GiB in float32, by `--draw-batch`\n\n" + _table(["", *map(str, DRAWN)], table)
+    return "### Sampling and evaluation: GiB in float32, by `--draw-batch`\n\n" + _table(["", *map(str, DRAWN)], table)
 
 
 def on_disk(found: dict[tuple, Plan]) -> str:

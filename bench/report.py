@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from minialign.pages import figures
+
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- measured: python bench/report.py -->", "<!-- end of what was measured -->"
 
@@ -119,31 +121,22 @@ def _slopes(sweeps: list[dict[str, Any]]) -> str:
 
 
 def _plot(sweeps: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
+    from matplotlib import ticker
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
-
-    columns = min(3, len(sweeps))
-    rows = -(-len(sweeps) // columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(4 * columns, 3.4 * rows), layout="constrained", squeeze=False
-    )
-    for axis in axes.flat[len(sweeps) :]:
-        axis.set_axis_off()
-    for axis, s in zip(axes.flat, sweeps):
-        for name, y in s["lines"].items():
-            axis.plot(s["x"], y, marker="o", label=f"{name} (slope {_slope(s['x'], y):.2f})")
-        axis.set(xscale="log", yscale="log", title=s["sweep"], xlabel=s["unit"], ylabel="seconds")
-        axis.title.set_fontsize(10)
-        axis.set_xticks(s["x"], [f"{x:,}" for x in s["x"]])
+    figure, panels = figures.panels(len(sweeps), 1 if len(sweeps) == 1 else 2, 2.9)
+    for axes, s in zip(panels, sweeps):
+        lines = list(zip(s["lines"].items(), figures.COLORS, "os^Dv"))
+        for (_, y), color, marker in lines:
+            axes.plot(s["x"], y, marker=marker, markersize=4.5, linewidth=1.2, color=color)
+        axes.set(xscale="log", yscale="log", xlabel=s["unit"], ylabel="seconds")
+        axes.set_title(s["sweep"], fontsize=10, loc="left")
+        axes.set_xticks(s["x"], [f"{x:,}" for x in s["x"]])
         decades = max(map(max, s["lines"].values())) / min(map(min, s["lines"].values())) > 30
-        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1,) if decades else (1, 2, 3, 5), numticks=10))
-        axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1,) if decades else (1, 2, 3, 5), numticks=10))
+        axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.minorticks_off()
+        figures.name_ends(axes, [(s["x"][-1], y[-1], name, color) for (name, y), color, _ in lines])
+    figures.save(figure, path)
 
 
 if __name__ == "__main__":

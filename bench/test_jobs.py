@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from pairs import compare, text_encoder, unet, vae
 from PIL import Image
 
-from minialign import CLIP, Pipeline, RewardModel, reward_weighted_loss
+from minialign import CLIP, Pipeline, RewardModel
+from minialign.finetune import step_loss
 from minialign.models.clip import TEXT_SETTINGS, VISION_SETTINGS
+from minialign.models.reward import embed_images, embed_texts
 from minialign.pipeline import to_pixels
-from minialign.reward import embed_images, embed_texts, train_reward
+from minialign.reward.trainer import Pairs, train_reward
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -53,7 +55,7 @@ def test_sampling(benchmark, pipes):
 
 
 def test_finetuning_step(benchmark, pipes):
-    """Ours from cached latents and contexts, as finetune.py runs; theirs encodes, as the text-to-image example does."""
+    """Ours from cached latents and contexts, as finetune/ runs; theirs encodes, as the text-to-image example does."""
     ours, theirs = pipes
     batch, t = 4, torch.tensor([3, 300, 600, 999])
     g = torch.Generator().manual_seed(0)
@@ -78,8 +80,7 @@ def test_finetuning_step(benchmark, pipes):
     def mine():
         x0 = mean + std * torch.randn(mean.shape, generator=g)
         noise = torch.randn(x0.shape, generator=g)
-        prediction = ours.unet(ours.schedule.add_noise(x0, noise, t), t, context)
-        loss = reward_weighted_loss(prediction, ours.schedule.target(x0, noise, t), reward, pretrain)
+        loss, _ = step_loss(ours.unet, ours.schedule, x0, noise, t, [context], reward, pretrain)
         update(ours.unet, optimizers[0], loss)
 
     def peer():
@@ -114,11 +115,11 @@ def test_reward_training(benchmark, tmp_path):
     begin = time.perf_counter()
     read = embed_texts(clip, prompts[:256])
     feature_seconds += (time.perf_counter() - begin) * len(prompts) / 256
-    image, text = seen[torch.arange(pairs) % 256], read[torch.arange(pairs) % 256]
-    contrast = torch.stack([text.roll(i, 0) for i in range(1, 8)], dim=1)
+    rows = torch.arange(pairs)
+    train = Pairs(rows % 256, (rows[:, None] + torch.arange(8)) % 256, label)  # seven contrastive prompts each
     begin = time.perf_counter()
     reward = {"width": 512, "hidden": 1024, "clip": None}
-    train_reward(image, text, contrast, label, reward, steps=steps, batch_size=batch)
+    train_reward(seen, read, train, reward, steps=steps, batch_size=batch)
     trained_seconds = time.perf_counter() - begin
     ours = feature_seconds + trained_seconds
     model = RewardModel(reward)
@@ -151,7 +152,7 @@ def test_reward_training(benchmark, tmp_path):
         "theirs": peer,
         "note": f"training alone, once the features are there: {peer / trained_seconds:.0f} times",
     }
-    benchmark.pedantic(train_reward, args=(image, text, contrast, label, reward), kwargs={"steps": 50}, rounds=1)
+    benchmark.pedantic(train_reward, args=(seen, read, train, reward), kwargs={"steps": 50}, rounds=1)
 
 
 def test_main_job(benchmark, tmp_path):

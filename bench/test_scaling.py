@@ -76,19 +76,21 @@ import os, time, torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from pairs import unet
-from minialign import reward_weighted_loss
+from minialign import NoiseSchedule
+from minialign.finetune import step_loss
 torch.set_num_threads(1)
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 dist.init_process_group("gloo")
 network = DistributedDataParallel(unet())
 optimizer = torch.optim.AdamW(network.parameters(), 1e-5, fused=True)
 batch = 4 // world
-latents, context, t = torch.randn(batch, 4, 32, 32), torch.randn(batch, 77, 768), torch.full((batch,), 500)
+latents, noise = torch.randn(2, batch, 4, 32, 32)
+context, t, schedule = torch.randn(batch, 77, 768), torch.full((batch,), 500), NoiseSchedule.from_config({})
 times = []
 for _ in range(5):
     dist.barrier()
     begin = time.perf_counter()
-    reward_weighted_loss(network(latents, t, context), latents, torch.ones(batch)).backward()
+    step_loss(network, schedule, latents, noise, t, [context], torch.ones(batch))[0].backward()
     optimizer.step()
     optimizer.zero_grad()
     dist.barrier()

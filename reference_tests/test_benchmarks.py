@@ -1,4 +1,4 @@
-"""What the benchmarks measure with, against numbers counted by hand, and the report that is made of them."""
+"""What the benchmarks measure with, against numbers counted by hand, and what is made of them and of a run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from made_up import HOSTILE, results, sample_pairs, write_run
+from PIL import Image
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
+import before_after
 import report
 from pairs import compare_memory, operations, peak_memory
 
@@ -67,3 +70,31 @@ def test_report(tmp_path, monkeypatch):
         assert text.count("| this | 0.50 | 0.4 missed | 1 MiB | 2 MiB |") == 1
         assert text.count("| that | minialign | 1.00 | 100 ms at 1 | 1 s at 10 |") == 1
     assert (tmp_path / "scaling.png").stat().st_size > 1000
+
+
+def test_before_after_shows_the_first_sample_of_each_kind_of_prompt(tmp_path):
+    """Nothing is chosen: images stand in columns by kind of prompt, the base model's above, verdicts below them."""
+    values = results()
+    kinds = [["count", "seen"], ["count", "unseen"], ["color", "seen"]]
+    pairs = [(f"prompt {i} {HOSTILE}", kinds[i % 3]) for i in range(30)]
+    samples = values["evaluation"]["samples"] = sample_pairs(tmp_path / "run", pairs)
+    samples[1]["verdicts"]["base"] = None  # nobody said
+    run = write_run(tmp_path / "run", values)
+    chosen = before_after.first_samples(samples)
+    assert [int(sample["seed"]) for sample in chosen] == [0, 3, 6, 1, 4, 7, 2, 5]
+    before_after.main(run, tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as image:
+        sheet = image.convert("RGB")
+    assert sheet.width == 1600
+    tile, verdicts = (1600 - before_after.MARGIN) // 8, []
+    for i, sample in enumerate(chosen):
+        x = before_after.MARGIN + i * tile + tile // 2
+        column = [sheet.getpixel((x, y)) for y in range(sheet.height)]
+        for model in ("base", "fine-tuned"):
+            color = Image.open(run / sample["images"][model]).getpixel((0, 0))
+            assert column.count(color) == tile - before_after.GAP
+            below = sheet.height - column[::-1].index(color)
+            colors = sheet.crop((x - tile // 2, below, x + tile // 2, min(below + 40, sheet.height))).getcolors(10_000)
+            verdicts.append({f"#{r:02x}{g:02x}{b:02x}" for _, (r, g, b) in colors} & set(before_after.COLORS.values()))
+    told = [sample["verdicts"][model] for sample in chosen for model in ("base", "fine-tuned")]
+    assert verdicts == [{before_after.COLORS[verdict]} if verdict else set() for verdict in told]

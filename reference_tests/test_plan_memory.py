@@ -12,7 +12,7 @@ from pairs import Memory
 from plan_memory import Model, as_on_cuda, plans, prepared, size
 
 from minialign import NoiseSchedule
-from minialign import finetune as trainer
+from minialign.finetune import FineTuning, Latents, TrainingData, finetune
 
 SMALL = SMALL_UNET | {"block_out_channels": [32, 64], "cross_attention_dim": 32, "norm_num_groups": 32}
 MODEL = Model("small", SMALL, (4, 16, 16), ((77, 32),), ())
@@ -28,16 +28,15 @@ SLOW = [
 
 def taken(unet, rows, folder, dtype, accumulate):
     """The most bytes that live at once in two steps of the trainer, before its checkpoint."""
-    images, pairs = (
-        trainer.Latents(torch.randn(9, 4, 16, 16), torch.rand(9, 4, 16, 16), torch.arange(9)) for _ in range(2)
-    )
+    images, pairs = (Latents(torch.randn(9, 4, 16, 16), torch.rand(9, 4, 16, 16), torch.arange(9)) for _ in range(2))
     context, peaks = [torch.randn(10, 77, 32)], []
     with as_on_cuda(), Memory() as memory:
-        trainer.finetune(
-            unet, NoiseSchedule.from_config({}), context, images, torch.ones(9), pairs, folder,
-            steps=3, beta=1.0, batch_size=rows * accumulate, peak_learning_rate=1e-4, dtype=dtype,
-            pretrain_share=0.5, accumulate=accumulate, log=lambda row: peaks.append(memory.peak),
+        settings = FineTuning(
+            steps=3, beta=1.0, batch_size=rows * accumulate, learning_rate=1e-4, dtype=dtype,
+            pretrain_fraction=0.5, accumulate=accumulate, log_every=2,
         )  # fmt: skip
+        data = TrainingData(context, images, torch.ones(9), pairs)
+        finetune(unet, NoiseSchedule.from_config({}), data, folder, settings, log=lambda row: peaks.append(memory.peak))
     return peaks[0]
 
 
@@ -45,8 +44,7 @@ def taken(unet, rows, folder, dtype, accumulate):
     ("how", "accumulate"),
     [({}, 2), (ADAPTERS, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
 )
-def test_the_plan_is_what_the_trainer_takes(how, accumulate, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "LOG_EVERY", 2)
+def test_the_plan_is_what_the_trainer_takes(how, accumulate, tmp_path):
     how = {"dtype": torch.float32, "checkpointing": False, "lora": 0} | how
     unet = prepared(SMALL, **how)
     real = size(unet) + taken(unet, 4, tmp_path, how["dtype"], accumulate)
