@@ -1,4 +1,4 @@
-"""The pages' promises: snippets run, links lead somewhere, code is quoted as it is, commands and files are as told."""
+"""The pages' promises: snippets run, links lead somewhere, code is quoted as it is, commands and files exist."""
 
 import argparse
 import ast
@@ -18,11 +18,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from test_finetune import pretraining_pairs
+from helpers import SMALL, pretraining_pairs
+from helpers import flags as words_of
 from torch.distributed.run import get_args_parser
 
-from minialign import evaluate, finetune, generate, label, reward
+from minialign.engine.settings import RECIPES, SETTINGS
+from minialign.evaluate.__main__ import main as evaluate
+from minialign.finetune.__main__ import main as finetune
+from minialign.generate import main as generate
+from minialign.label.__main__ import main as label
 from minialign.models.pretrained import EMBEDDED
+from minialign.reward.__main__ import main as reward
 from minialign.shapes import pretrain
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
@@ -125,9 +131,38 @@ def test_the_reading_order_knows_every_file_and_where_its_equations_are():
             assert set(files) & set(shown), f"{files} at method.md#{anchor}"
         assert ("method.md" in equations) == any(f"(../minialign/{file})" in METHOD.read_text() for file in files), row
     there = {path.relative_to(package).as_posix(): path.read_text() for path in package.rglob("[!_]*.py")}
-    assert listed == there.keys()
+    assert {file for file in listed if not file.endswith("__main__.py")} == there.keys()
     named = {file for file, text in there.items() if re.search(r"\b(equation|eq\.|algorithm|figure) \d", text)}
     assert named and [file for file in named if f"(../minialign/{file})" not in METHOD.read_text()] == []
+
+
+def test_the_lines_of_the_readme_are_counted():
+    """In the table of what is minimal: of files, or of all files of a folder; rounded, to stay true longer."""
+    rows = re.findall(r"^\|.*\| (\[.*\)) \| ([\d,]+) \|$", (ROOT / "README.md").read_text(), re.M)
+    assert len(rows) == 9
+    seen: set[Path] = set()
+    for places, told in rows:
+        found = [ROOT / place for place in re.findall(r"\]\((.*?)\)", places)]
+        files = [file for place in found for file in (place.rglob("*.py") if place.is_dir() else [place])]
+        lines = sum(len(file.read_text().splitlines()) for file in files)
+        assert abs(lines / int(told.replace(",", "")) - 1) < 0.1, f"{places}: {lines}"
+        seen |= set(files)
+    assert set((ROOT / "minialign").rglob("*.py")) - seen == {ROOT / "minialign" / "__init__.py"}
+
+
+def test_what_an_import_loads_is_as_counted():
+    """In the table of docs/reading.md, each import in a process that has loaded nothing of the package."""
+    told = re.findall(r"\| `[\w.]+`: \d+ \| `([\w.]+)`: (\d+) \|", READING.read_text())
+    code = """if True:
+        import importlib, sys
+        for name in sys.argv[1:]:
+            for module in [module for module in sys.modules if module.split(".")[0] == "minialign"]:
+                del sys.modules[module]
+            importlib.import_module(name)
+            print(sum(module.split(".")[0] == "minialign" for module in sys.modules))"""
+    names, numbers = zip(*told)
+    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == list(numbers) and len(names) == 3
 
 
 def test_importing_brings_nothing_heavy():
@@ -139,6 +174,9 @@ def test_importing_brings_nothing_heavy():
 
 # ----------------------------------------------------------------------------------------------------------- commands
 RUN_BY = {  # how a command begins (the longest such counts): the test or script that runs it, "" where there is none
+    "python -m venv": ".ci/run::python3 -m venv",
+    ". .venv/bin/activate": ".ci/run::bin/activate",
+    "pip install torch": ".ci/run::pip install --quiet torch",
     "pip install -e": ".ci/run::pip install --quiet -e",
     "pytest": ".ci/run::pytest -q",
     "pytest bench/": "",
@@ -149,6 +187,9 @@ RUN_BY = {  # how a command begins (the longest such counts): the test or script
         "test_label.py::test_a_full_disk_and_a_killed_server_lose_nothing_that_was_acknowledged"
     ),
     "python -m minialign.label RUN --export": "test_label.py::test_labels_go_out_and_in_by_command",
+    "python -m minialign.label RUN --annotator": "test_finetune.py::test_the_chain_of_commands_is_the_main_job",
+    "python -m minialign.finetune RUN": "test_finetune.py::test_the_chain_of_commands_is_the_main_job",
+    "python docs/minimal.py": "test_minimal.py::test_the_page_gains_15_points",
     "python -m minialign.reward": "test_reward.py::test_the_command_learns_from_the_store",
     "python -m minialign.evaluate": "test_evaluate.py::test_the_command_compares_pipelines",
     "python -m minialign.shapes.pretrain": "test_docs.py::left",
@@ -161,7 +202,7 @@ RUN_BY = {  # how a command begins (the longest such counts): the test or script
 MARK = re.compile(r"\bGPUs?\b|(?<!no )\bnetwork\b|\bminutes\b|\bhours?\b")  # what a command asks for
 STAGES = ("finetune", "generate", "label", "reward", "evaluate", "study", "shapes.pretrain")
 LAUNCHER = get_args_parser()
-PROGRAMS = ("python", "pytest", "torchrun", "pip", "sqlite3", "ssh", "sha256sum")
+PROGRAMS = ("python", "pytest", "torchrun", "pip", "sqlite3", "ssh", "sha256sum", ".")
 
 
 class Command(NamedTuple):
@@ -255,7 +296,7 @@ def check(words: list[str]) -> None:
         check([*script, *arguments.training_script_args])
         told = LAUNCHER.format_help()
     elif words[:2] == ["python", "-m"]:
-        told = module_help(*words[2:])
+        told = module_help(*words[2:]) if words[2].startswith("minialign.") else help_of(words[2])
     elif words[0] == "python":
         path = ROOT / words[1]
         has_parser = "argparse" in path.read_text()
@@ -265,7 +306,8 @@ def check(words: list[str]) -> None:
     elif words[:2] == ["pip", "install"]:
         extras = re.search(r"^\.\[([\w,]+)\]$", words[-1])
         known = (ROOT / "pyproject.toml").read_text()
-        assert extras and all(re.search(rf"^{extra} = \[", known, re.M) for extra in extras[1].split(","))
+        names = [rf"^{extra} = \[" for extra in extras[1].split(",")] if extras else [rf'"{words[2]}\b']
+        assert all(re.search(name, known, re.M) for name in names), words
         told = help_of("pip", "install")
     else:
         assert words[0] in PROGRAMS, f"{words[0]}: not a program that the pages are known to use"
@@ -301,40 +343,35 @@ def test_flags_in_the_text_are_known(page):
 
 
 # -------------------------------------------------------------------------------------------------------------- files
-TINY = {
-    "steps": 2, "batch_size": 8, "checkpoint_every": 2, "sampling_steps": 1, "images": 24, "labels": 20, "hidden": 8,
-    "test_images": 8, "pretrain_images": 4, "reward_steps": 20,
-}  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def left(tmp_path_factory):
     """A folder with what each command leaves of a tiny job, with nearly everything switched on."""
     folder = tmp_path_factory.mktemp("left")
-    run, own, drawn, labels = (folder / name for name in ("run", "own", "drawn", "labels.csv"))
+    run, own, generated, labels = (folder / name for name in ("run", "own", "generated", "labels.csv"))
     pairs = pretraining_pairs(folder / "pairs")
     (folder / "prompts.txt").write_text("a red circle\ntwo blue stars\n")
+    small = words_of(SMALL, "hidden", "reward_steps", "steps", "batch_size", "test_images", "sampling_steps")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TQDM_DISABLE", "1")
 
-        def command(module, *arguments):
-            patch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-            module.main()
+        def command(main, *arguments):
+            patch.setattr(sys, "argv", ["minialign", *map(str, arguments)])
+            main()
 
-        patch.setattr(finetune, "EMBEDDED_DEFAULTS", finetune.EMBEDDED_DEFAULTS | TINY)
-        patch.setattr(finetune, "OWN_DEFAULTS", finetune.OWN_DEFAULTS | TINY)
         patch.setattr(pretrain, "annotator_statistics", partial(pretrain.annotator_statistics, number=40))
         for name in ("train_vae", "polish_decoder", "train_clip", "train_unet"):
             patch.setattr(pretrain, name, partial(getattr(pretrain, name), batch=4))
-        command(finetune, "--out", run)
-        command(evaluate, run, "--max-prompts", 4, "--images-per-prompt", 2, "--sampling-steps", 1)
+        command(finetune, run, *words_of(SMALL))
+        command(evaluate, run, "--test-images", 8, "--test-images-per-prompt", 2)
         command(label, run, "--export", labels)
-        command(generate, "--prompts", folder / "prompts.txt", "--out", drawn, "--sampling-steps", 1)
-        command(label, drawn, "--import", labels)
-        command(reward, drawn, "--steps", 20, "--hidden", 8)
+        command(generate, generated, "--prompts", folder / "prompts.txt", "--sampling-steps", 1)
+        command(label, generated, "--import", labels)
+        command(reward, generated, "--reward-steps", 20, "--hidden", 8)
         given = ["--model", EMBEDDED, "--clip", EMBEDDED / "clip", "--feedback", labels, "--pretrain", pairs]
-        command(finetune, *given, "--out", own, "--lora", 1, "--validate-every", 2, "--rounds", 2)
+        command(finetune, own, *given, *small, "--lora", 1, "--validate-every", 2)
         steps = [f"--{stage}-steps" for stage in ("vae", "decoder", "clip", "unet", "noisy")]
-        command(pretrain, "--out", folder / "pretrain", "--images", 8, *(word for flag in steps for word in (flag, 1)))
+        arguments = ["--out", folder / "pretrain", "--images", 8, *(word for flag in steps for word in (flag, 1))]
+        command(pretrain.main, *arguments)
     return folder
 
 
@@ -356,7 +393,7 @@ def is_named(path: str, names: list[str]) -> bool:
 
 def test_every_file_that_is_left_is_named(left):
     names = named()
-    for run in ("run", "own", "drawn", "pretrain"):
+    for run in ("run", "own", "generated", "pretrain"):
         files = [path.relative_to(left / run).as_posix() for path in (left / run).rglob("*") if path.is_file()]
         assert files and [file for file in files if not is_named(file, names)] == [], run
 
@@ -382,11 +419,29 @@ def test_the_tables_of_the_store_are_those_of_the_page(left):
 def test_what_is_in_json_files_is_named(left):
     """The keys of the objects that commands leave, in the row of their file or on the page's way there."""
     page = FORMATS.read_text()
-    for path in ("config", "stages", "results", "evaluation", "samples", "reward/held_out", "evaluation-compare"):
-        for run in ("run", "own", "drawn"):
+    for path in ("config", "stages", "results", "reward/held_out"):
+        for run in ("run", "own", "generated"):
             file = left / run / f"{path}.json"
             keys = json.loads(file.read_text()).keys() if file.exists() else ()
             assert [key for key in keys if f"`{key}`" not in page] == [], file
+    found = json.loads((left / "run" / "results.json").read_text())
+    assert {"evaluation", "comparisons", "reward"} <= found.keys()
+    measured = next(iter(found["reward"]["measured"]["auxiliary"].values()))
+    for part in (found["evaluation"], *found["comparisons"].values(), measured, *found["evaluation"]["samples"]):
+        assert [key for key in part if f"`{key}`" not in page] == []
+
+
+def test_the_table_of_settings_is_the_programs():
+    def cell(value: object) -> str:
+        return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+    rows = re.findall(r"^\| (`--.*) \|$", sections(FORMATS)["settings"], re.M)
+    expected = [
+        (f"`{one.flag}`", *map(cell, (one.embedded, one.own, RECIPES["paper"].get(one.name))), ", ".join(one.stages),
+         one.about, "yes" * one.free)
+        for one in SETTINGS
+    ]  # fmt: skip
+    assert [tuple(row.split(" | ")) for row in rows] == expected
 
 
 def test_checksums_are_as_the_system_reads_them(left):
