@@ -18,17 +18,31 @@ def run(tmp_path_factory):
     return folder
 
 
+def judged(run) -> dict[str, dict]:
+    """What the annotator says of each model, by group of prompts."""
+    return json.loads((run / "results.json").read_text())["evaluation"]["judged"]["simulated annotator"]
+
+
 @pytest.mark.parametrize("name", ["overall", "seen", "unseen"])
 def test_the_default_run_raises_alignment_by_20_points(run, name):
-    alignment = json.loads((run / "results.json").read_text())["alignment"]
-    assert alignment["after"][name] - alignment["before"][name] >= 0.20
+    found = judged(run)["fine-tuned"][name]
+    assert found["gain"] >= 0.20 and found["gain_ci95"][0] > 0
+    assert found["gain"] == pytest.approx(found["value"] - judged(run)["base"][name]["value"])
 
 
 def test_the_default_run_starts_from_clean_half_aligned_images_and_reports(run):
-    results = json.loads((run / "results.json").read_text())
-    assert 0.40 <= results["alignment"]["before"]["overall"] <= 0.65
+    results, found = json.loads((run / "results.json").read_text()), judged(run)
+    assert 0.40 <= found["base"]["overall"]["value"] <= 0.65
     assert results["counts"]["evaluated"] >= 400
-    assert all(low > 0 for low, _ in (results["alignment"]["ci95"]["gain"][k] for k in ("overall", "seen", "unseen")))
-    assert min(results["readable"].values()) > 0.9
-    report = (run / "report.html").read_text()
-    assert "simulated" in report and f"{results['alignment']['after']['overall']:.1%}" in report
+    assert min(results["evaluation"]["readable"].values()) > 0.9
+    report = (run / "report.html").read_text().replace("\N{NO-BREAK SPACE}%", "%")
+    assert "simulated" in report and f"{found['fine-tuned']['overall']['value']:.1%}" in report
+
+
+def test_fidelity_and_the_reward_are_measured_as_the_documents_say(run):
+    """Fidelity to what the images show falls with fine-tuning; the reward model knows prompts that it has not seen."""
+    results = json.loads((run / "results.json").read_text())
+    frechet = results["evaluation"]["frechet"]
+    assert frechet["base"] < 0.6 and frechet["fine-tuned"] > frechet["base"]
+    new = {name: parts["new prompts"]["auc"] for name, parts in results["reward"]["measured"].items()}
+    assert new["auxiliary"] > 0.9 and new["auxiliary"] > new["plain"]
