@@ -149,3 +149,12 @@ def test_a_full_disk_names_the_file(tmp_path, capsys):
         assert code == 2 and err.startswith(f"error: {tmp_path / name}: cannot be written (File too large); once")
         assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_under_torchrun_a_finished_command_ends_before_torchs_threads_can_abort_it(monkeypatch, capfd):
+    codes = []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    monkeypatch.setattr("os._exit", codes.append)
+    with pytest.raises(SystemExit):  # which os._exit never comes to
+        run_command(lambda: print("done"))
+    assert codes == [0] and capfd.readouterr().out == "done\n"

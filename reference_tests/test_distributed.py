@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from minialign import NoiseSchedule, Pipeline
 from minialign.engine.checkpoints import checkpoints
+from minialign.engine.commands import run_command
 from minialign.engine.processes import gather_weights, is_main_process, process_group
 from minialign.files import InputError
 from minialign.finetune import FineTuning, Latents, TrainingData, finetune
@@ -172,8 +174,8 @@ def test_the_command_runs_under_torchrun(tmp_path, how):
     assert changed == attention if "--lora" in how else changed == dict(after.named_parameters()).keys()
 
 
-if __name__ == "__main__":
-    place = Path(sys.argv[1])
+def train_both(place: Path) -> None:
+    """What each process of a launch of this file does."""
     torch.set_num_threads(1)
     with process_group(torch.device("cpu")):
         dies_at = 14 if os.environ["TORCHELASTIC_MAX_RESTARTS"] == "2" else None
@@ -181,3 +183,7 @@ if __name__ == "__main__":
             weights = fine_tuned(place, how, dies_at)
             if is_main_process():
                 save_file(weights, place / f"{how}.safetensors")
+
+
+if __name__ == "__main__":
+    run_command(partial(train_both, Path(sys.argv[1])))
