@@ -165,7 +165,7 @@ def remove_unfinished(*places: Path) -> None:
 
 
 def _runs(process: int) -> bool:
-    """Whether another process of this number runs. This one's number was a predecessor's, as in containers."""
+    """Whether another process with this number runs (a number of our own is an earlier process, as in containers)."""
     if process == os.getpid():
         return False
     try:

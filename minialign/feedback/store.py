@@ -212,7 +212,7 @@ class FeedbackStore:
             )
 
     def add_labels(self, labeller: str, verdicts: Iterable[tuple[int, str]]) -> None:
-        """Add (image id, verdict) rows of one labeller; a second verdict on an image takes the first one's place.
+        """Add (image id, verdict) rows of one labeller; a second verdict on an image replaces the first.
 
         ValueError where a verdict is none of VERDICTS; sqlite3.IntegrityError where an image is not in the store.
         """

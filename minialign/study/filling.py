@@ -102,7 +102,7 @@ def labels_of(cell: Cell, labels: dict[int, float], seed: int) -> dict[int, floa
     """
     rng, known = random.Random(seed), sorted(labels)
     rng.shuffle(known)
-    known = known[: max(8, round(cell.fraction * len(known)))]  # the quick one's few should hold a good one
+    known = known[: max(8, round(cell.fraction * len(known)))]  # so few that --quick keeps should hold a good one
     wrong = {i: [rng.random() < cell.flipped for _ in range(cell.labellers)] for i in known}
     return {i: labels[i] if 2 * sum(wrong[i]) < cell.labellers else 1 - labels[i] for i in known}
 

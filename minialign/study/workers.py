@@ -73,7 +73,7 @@ def fill_one(folder: Path, name: str, seed: int, seeds: Sequence[int], size: str
 
 
 def fill_all(folder: Path, seeds: Sequence[int], size: str, jobs: int) -> None:
-    """`work` in so many processes; the first failure of one is this one's."""
+    """Run `work` in `jobs` processes; where one fails, this process fails with the same exit code."""
     os.environ["TQDM_DISABLE"] = "1"  # bars of several processes would be mixed
     threads = max(1, torch.get_num_threads() // jobs)
     context = multiprocessing.get_context("spawn")
