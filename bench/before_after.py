@@ -1,6 +1,6 @@
 """The README's picture from a finished run: python bench/before_after.py runs/shapes docs/before_after.png
 
-The first sample of each category of prompts, seen and unseen: nothing is chosen. Above is the base model's image, below
+The first sample of each category and group of prompts: nothing is chosen. Above is the base model's image, below
 the fine-tuned model's from the same noise, each with its verdict. Twice as wide as a README shows it (800 pixels).
 """
 

@@ -36,7 +36,7 @@ def made_up_run(folder, clip):
         return torch.stack(vectors).sum(0) / len(vectors) ** 0.5
 
     (folder / "images").mkdir(parents=True)
-    seen, rows, verdicts, keys, features = split(PAPER)[0], [], [], [], []
+    seen, rows, verdicts, keys, features = split(PAPER).seen, [], [], [], []
     for i in range(PAIRS):
         prompt = shown = seen[i % len(seen)]
         if rng.random() < 0.5:

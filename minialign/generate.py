@@ -133,7 +133,7 @@ def planned(settings: Mapping[str, Any], world: str) -> list[str]:
     if settings["prompts"] is None:
         raise InputError("--prompts: needed; accepted: a file of prompts, or categories")
     if settings["prompts"] == "categories":
-        prompts = [prompt.text for prompt in split(grammar_of(world), settings["seed"])[0]]
+        prompts = [prompt.text for prompt in split(grammar_of(world), settings["seed"]).seen]
     else:
         prompts = read_prompts(Path(settings["prompts"]))
     number = settings["images_per_prompt"]

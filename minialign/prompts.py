@@ -12,7 +12,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 CATEGORIES = ("count", "color", "background", "combination")
 ATTRIBUTES = ("count", "color", "object", "background")
@@ -24,7 +24,7 @@ class Grammar:
     """The words of a prompt; `backgrounds` are whole phrases such as "in the snow", `counts` start at one.
 
     `colored`: color prompts say "a green colored dog" in place of "a green dog". `combinations`: how many combination
-    prompts are in use, drawn at random once and for all; None is all of them.
+    prompts are in use, drawn at random once and for all; None is all of them. `held_out`: objects without feedback.
     """
 
     counts: tuple[str, ...]
@@ -33,6 +33,7 @@ class Grammar:
     backgrounds: tuple[str, ...]
     colored: bool = False
     combinations: int | None = None
+    held_out: tuple[str, ...] = ()
 
     def words(self, attribute: str) -> tuple[str, ...]:
         """All words of one of ATTRIBUTES."""
@@ -69,8 +70,9 @@ SHAPES = Grammar(
     backgrounds=("at night", "on the grass", "in the snow", "on the sand"),
 )
 # The templates and numbers of Lee et al. 2023: 25 objects with a count from one to six, one of nine colors, one of
-# eight backgrounds, or all three; about 2,700 prompts. Which words it has is not known to us in full: these are ours.
-# So is the random choice of combinations, whose number gives `split` 2,702 seen prompts.
+# eight backgrounds, or all three; about 2,700 prompts; five objects without feedback. Which words it has is not known
+# to us in full, nor which objects the five are: these are ours. So is the random choice of combinations, whose number
+# gives `split` about 2,700 seen prompts.
 PAPER = Grammar(
     counts=("one", "two", "three", "four", "five", "six"),
     colors=("red", "yellow", "green", "blue", "black", "pink", "purple", "white", "brown"),
@@ -83,7 +85,8 @@ PAPER = Grammar(
         "in San Francisco",
     ),
     colored=True,
-    combinations=3745,
+    combinations=4800,
+    held_out=("rabbit", "airplane", "clock", "cake", "rose"),
 )  # fmt: skip
 GRAMMARS = (SHAPES, PAPER)  # that `recognise` knows
 
@@ -104,24 +107,40 @@ def all_prompts(grammar: Grammar) -> list[Prompt]:
     return prompts
 
 
-def split(grammar: Grammar, seed: int = 0) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
-    """Every prompt in use in one of three sets: 5/8 seen, 1/4 unseen, 1/8 others, of each category's combinations.
+class Split(NamedTuple):
+    """Every prompt in use, in one of four sets, see `split`."""
 
-    What is held out are combinations of words: each word itself is in seen prompts too. Feedback is on seen prompts,
-    tests are on seen and unseen ones, captions of pre-training pairs are the others.
+    seen: list[Prompt]
+    new_combinations: list[Prompt]
+    new_objects: list[Prompt]
+    others: list[Prompt]
+
+
+def split(grammar: Grammar, seed: int = 0) -> Split:
+    """The prompts in use by what they are for; `seed` deals them out, whatever their category.
+
+    Feedback is on `seen` prompts alone. Tests are on these, on `new_combinations`, whose words all are in seen prompts,
+    and on `new_objects`, whose object is in none (Lee et al. 2023, section 4, tests these). Captions of pre-training
+    pairs are the `others`. Of the prompts of an object with feedback 5/8 are seen, 1/4 new combinations and 1/8 others.
+    Of those of a held-out object 1/8 are others too: pairs keep what pre-training taught, and that was of all objects.
     """
     rng = random.Random(seed)
-    seen, unseen, others = [], [], []
+    parts = Split([], [], [], [])
     for category in CATEGORIES:
         prompts = [p for p in all_prompts(grammar) if p.category == category]
         if category == "combination" and grammar.combinations is not None:
             prompts = random.Random(0).sample(prompts, grammar.combinations)  # whatever the seed
-        rng.shuffle(prompts)
-        quarter, eighth = len(prompts) // 4, len(prompts) // 8
-        unseen += prompts[:quarter]
-        others += prompts[quarter : quarter + eighth]
-        seen += prompts[quarter + eighth :]
-    return seen, unseen, others
+        known = [prompt for prompt in prompts if prompt.object not in grammar.held_out]
+        new = [prompt for prompt in prompts if prompt.object in grammar.held_out]
+        rng.shuffle(known)
+        rng.shuffle(new)
+        quarter, eighth = len(known) // 4, len(known) // 8
+        parts.new_combinations.extend(known[:quarter])
+        parts.others.extend(known[quarter : quarter + eighth])
+        parts.seen.extend(known[quarter + eighth :])
+        parts.others.extend(new[: len(new) // 8])
+        parts.new_objects.extend(new[len(new) // 8 :])
+    return parts
 
 
 def exchange(prompt: Prompt, attribute: str, grammar: Grammar, rng: random.Random) -> Prompt:

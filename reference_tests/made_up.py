@@ -12,7 +12,7 @@ from PIL import Image
 
 HOSTILE = "a \"red\" <script>alert(1)</script> & 'blue' star"
 MODELS = ("base", "fine-tuned")
-GROUPS = ("overall", "count", "color", "background", "combination", "seen", "unseen", "new objects")
+GROUPS = ("overall", "count", "color", "background", "combination", "seen", "new combinations", "new objects")
 
 
 def judged(before: list[float], after: list[float], half: float = 0.04) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def sample_pairs(folder: Path, pairs: list[tuple[str, list[str]]], size: int = 6
 def write_run(folder: Path, values: dict[str, Any], size: int = 64) -> Path:
     """A run folder with `values` as its results, two samples unless it has some, and training curves."""
     rng = random.Random(0)
-    two = [(HOSTILE, ["color", "unseen"]), ("two stars", ["count", "seen"])]
+    two = [(HOSTILE, ["color", "new combinations"]), ("two stars", ["count", "seen"])]
     values["evaluation"]["samples"] = values["evaluation"]["samples"] or sample_pairs(folder, two, size)
     folder.mkdir(exist_ok=True)
     lines: list[dict[str, Any]] = []

@@ -75,7 +75,7 @@ def test_report(tmp_path, monkeypatch):
 def test_before_after_shows_the_first_sample_of_each_kind_of_prompt(tmp_path):
     """Nothing is chosen: images stand in columns by kind of prompt, the base model's above, verdicts below them."""
     values = results()
-    kinds = [["count", "seen"], ["count", "unseen"], ["color", "seen"]]
+    kinds = [["count", "seen"], ["count", "new objects"], ["color", "seen"]]
     pairs = [(f"prompt {i} {HOSTILE}", kinds[i % 3]) for i in range(30)]
     samples = values["evaluation"]["samples"] = sample_pairs(tmp_path / "run", pairs)
     samples[1]["verdicts"]["base"] = None  # nobody said

@@ -41,7 +41,9 @@ test_items.__test__ = TestItem.__test__ = False  # pytest would collect them
 CPU = torch.device("cpu")
 SMALL = {"test_images": 6, "test_images_per_prompt": 3, "sampling_steps": 6, "guidance": 3.0}
 TWO = {"test_images": 2, "test_images_per_prompt": None}
-SEEN = [prompt.text for prompt in split(SHAPES)[0]]
+SEEN = [prompt.text for prompt in split(SHAPES).seen]
+NAMES = ("seen", "new combinations", "new objects")
+HELD_OUT = [prompt.text for part in split(SHAPES)[1:3] for prompt in part]
 
 
 def run_of(folder: Path, texts: list[str], world: str = "shapes", **settings) -> Run:
@@ -64,19 +66,23 @@ def settings_of(run: Run, **more) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------ what is asked
-def test_the_embedded_world_is_tested_on_seen_and_unseen_prompts_of_all_categories(tmp_path):
+def test_the_embedded_world_is_tested_on_its_groups_of_prompts_in_all_categories(tmp_path):
     run = run_of(tmp_path / "run", SEEN[:6], seed=0)
     items = test_items(run, settings_of(run, test_images=80))
-    seen, unseen, others = ({prompt.text for prompt in part} for part in split(SHAPES))
-    assert Counter(item.groups for item in items) == {(c, s): 10 for c in CATEGORIES for s in ("seen", "unseen")}
-    assert all(item.prompt in (seen if "seen" in item.groups else unseen) for item in items)
+    parts = {name: [p.text for p in part] for name, part in zip(NAMES, split(SHAPES)) if part}
+    share = 80 // len(parts)
+    assert Counter(item.groups[1] for item in items) == dict.fromkeys(parts, share)
+    assert set(Counter(item.groups for item in items).values()) <= {share // 4, share // 4 + 1}
+    assert {item.groups[0] for item in items} == set(CATEGORIES)
+    assert all(item.prompt in parts[item.groups[1]] for item in items)
     assert all(parse(item.prompt, SHAPES).category in item.groups for item in items)
-    assert [item.seed for item in items] == [noise_seed(0, i, test=True) for i in range(80)]
+    assert [item.seed for item in items] == [noise_seed(0, i, test=True) for i in range(len(items))]
     # the order that runs have had so far: one generator for the prompts of the feedback and those of the test
-    rng, parts = random.Random(0), [[prompt.text for prompt in part] for part in split(SHAPES)[:2]]
-    kinds = [[parse(text, SHAPES).category for text in part] for part in parts]
-    spread(parts[0], kinds[0], 2560, rng)
-    assert [item.prompt for item in items] == [text for part in zip(parts, kinds) for text in spread(*part, 40, rng)]
+    rng, kinds = random.Random(0), {name: [parse(text, SHAPES).category for text in parts[name]] for name in parts}
+    spread(parts["seen"], kinds["seen"], 2560, rng)
+    assert [item.prompt for item in items] == [
+        text for name, part in parts.items() for text in spread(part, kinds[name], share, rng)
+    ]
     other = test_items(run_of(tmp_path / "1", SEEN[:0], seed=1), defaults(True) | {"seed": 1})
     assert not {item.seed for item in other} & {item.seed for item in items}
 
@@ -87,27 +93,26 @@ def test_several_images_of_a_prompt_start_from_noise_of_their_own(tmp_path):
     assert [item.prompt for item in items[::5] for _ in range(5)] == [item.prompt for item in items]
     assert len({item.prompt for item in items}) == 8 and len({item.seed for item in items}) == 40
     few = test_items(run, settings_of(run, test_images=2, test_images_per_prompt=3))
-    assert len(few) == 6 and [item.groups[1] for item in few] == ["seen"] * 3 + ["unseen"] * 3
+    names = [name for name, part in zip(NAMES, split(SHAPES)) if part]
+    assert [item.groups[1] for item in few] == [name for name in names for _ in range(3)]
 
 
 def test_another_seed_of_the_test_deals_no_prompt_out_again(tmp_path):
-    """What is unseen is what the run was begun with: a prompt with feedback stays a seen one."""
+    """What is held out is what the run was begun with: a prompt with feedback stays a seen one."""
     run = run_of(tmp_path / "run", SEEN)
     items = test_items(run, settings_of(run, seed=5, test_images=80))
-    unseen = {prompt.text for prompt in split(SHAPES)[1]}
-    assert all(item.prompt in (SEEN if "seen" in item.groups else unseen) for item in items)
-    assert [item.seed for item in items] == [noise_seed(5, i, test=True) for i in range(80)]
+    assert all(item.prompt in (SEEN if "seen" in item.groups else HELD_OUT) for item in items)
+    assert [item.seed for item in items] == [noise_seed(5, i, test=True) for i in range(len(items))]
 
 
 def test_prompts_of_a_run_are_seen_and_those_that_its_grammar_holds_out_are_not(tmp_path):
-    held_out = {prompt.text for prompt in split(SHAPES)[1]}
-    of_world = [prompt.text for prompt in split(SHAPES)[2]][:5]  # of the embedded world, with other feedback
+    of_world = [prompt.text for prompt in split(SHAPES).others][:5]  # of the embedded world, with other feedback
     dogs = ["three dogs", "a green colored dog"]
     for number, (texts, world, unseen) in enumerate(
         [
-            (of_world, "shapes", held_out),
-            (of_world, "", held_out),
-            (dogs, "", {prompt.text for prompt in split(PAPER)[1]}),
+            (of_world, "shapes", set(HELD_OUT)),
+            (of_world, "", set(HELD_OUT)),
+            (dogs, "", {prompt.text for part in split(PAPER)[1:3] for prompt in part}),
             ([*dogs, "a fox"], "", set()),
         ]
     ):
@@ -116,7 +121,9 @@ def test_prompts_of_a_run_are_seen_and_those_that_its_grammar_holds_out_are_not(
         known = [item.prompt for item in items if "seen" in item.groups]
         assert set(known) == set(texts), number
         assert {item.prompt for item in items} - set(known) <= unseen - set(texts), number
-        assert len(items) - len(known) == (12 if unseen else 0) and len(items) == 24
+        assert len(known) == (8 if unseen else 24) and len(items) == 24
+        if texts == dogs:  # of nothing else: all other objects are new to this run
+            assert all((" dog" in item.prompt) != ("new objects" in item.groups) for item in items)
     assert Counter(item.groups for item in items)["seen",] == 8  # of three prompts in turn, one of no category
 
 
@@ -127,7 +134,7 @@ def test_prompts_of_a_file_are_seen_where_they_have_images(tmp_path):
     items = test_items(run, settings_of(run, test_images=6), file)
     groups = {item.prompt: item.groups for item in items}
     assert groups == {"a fox": ("unseen",), known: (parse(known, SHAPES).category, "seen"),
-                      "three dogs": ("count", "unseen")}  # fmt: skip
+                      "three dogs": ("count", "new objects")}  # fmt: skip
     file.write_text("a fox\na ship\n")
     assert {item.groups for item in test_items(run, settings_of(run), file)} == {("unseen",)}
     with pytest.raises(InputError, match="no prompts to compare on; accepted: a run with images, or --prompts FILE"):

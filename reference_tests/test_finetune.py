@@ -79,7 +79,7 @@ def finished(tmp_path_factory):
 def test_the_main_job_leaves_what_it_promises(finished):
     results = results_of(finished)
     judged = results["evaluation"]["judged"]["simulated annotator"]
-    groups = {"overall", "count", "color", "background", "combination", "seen", "unseen"}
+    groups = {"overall", "count", "color", "background", "combination", "seen", "new combinations"}
     assert set(judged) == {"base", "fine-tuned"} and set(judged["base"]) == set(judged["fine-tuned"]) == groups
     assert all(0 <= entry["value"] <= 1 for entries in judged.values() for entry in entries.values())
     assert results["evaluation"]["frechet"]["base"] >= 0 and results["evaluation"]["judge"] == "simulated annotator"

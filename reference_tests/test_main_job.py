@@ -23,7 +23,7 @@ def judged(run) -> dict[str, dict]:
     return json.loads((run / "results.json").read_text())["evaluation"]["judged"]["simulated annotator"]
 
 
-@pytest.mark.parametrize("name", ["overall", "seen", "unseen"])
+@pytest.mark.parametrize("name", ["overall", "seen", "new combinations"])
 def test_the_default_run_raises_alignment_by_20_points(run, name):
     found = judged(run)["fine-tuned"][name]
     assert found["gain"] >= 0.20 and found["gain_ci95"][0] > 0

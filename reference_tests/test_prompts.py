@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -33,15 +34,21 @@ def test_sentences_and_their_parse():
     assert parse("a green circle", SHAPES) is None
 
 
-def test_unseen_prompts_are_new_combinations_of_seen_words():
-    seen, unseen, others = split(SHAPES)
-    assert Counter([*seen, *unseen, *others]) == Counter(all_prompts(SHAPES))
-    shares = [Counter(prompt.category for prompt in prompts) for prompts in (unseen, others)]
+def test_new_combinations_are_of_seen_words_and_new_objects_of_none():
+    grammar = replace(SHAPES, objects=(*SHAPES.objects[:4], "ring", "moon"), held_out=("ring", "moon"))
+    parts = split(grammar)
+    assert Counter(prompt for part in parts for prompt in part) == Counter(all_prompts(grammar))
+    shares = [Counter(prompt.category for prompt in part) for part in parts[1:]]
     assert shares[0] == {"count": 4, "color": 4, "background": 4, "combination": 64}
-    assert shares[1] == {"count": 2, "color": 2, "background": 2, "combination": 32}
+    assert shares[1] == {"count": 7, "color": 7, "background": 7, "combination": 112}
+    assert shares[2] == {"count": 3, "color": 3, "background": 3, "combination": 48}
     for attribute in ATTRIBUTES:
-        assert {getattr(p, attribute) for p in unseen} <= {getattr(p, attribute) for p in seen}
-    assert split(SHAPES) == (seen, unseen, others) and split(SHAPES, seed=1) != (seen, unseen, others)
+        words = [{getattr(p, attribute) for p in part} for part in parts]
+        assert words[1] == words[0] and words[3] == set(grammar.words(attribute)) | (words[0] & {None})
+        assert words[2] == ({"ring", "moon"} if attribute == "object" else words[0])
+    assert not {"ring", "moon"} & {p.object for p in (*parts.seen, *parts.new_combinations)}
+    assert split(grammar) == parts and split(grammar, seed=1) != parts
+    assert split(replace(grammar, held_out=())).new_objects == []
 
 
 def test_the_papers_words_make_its_sentences():
@@ -60,12 +67,14 @@ def test_the_papers_words_make_its_sentences():
 
 @pytest.mark.parametrize("seed", [0, 7])
 def test_the_papers_prompts_are_as_many_as_it_had(seed):
-    seen, unseen, others = split(PAPER, seed)
-    assert len(seen) == 2702 and len(unseen) == 1079 and not set(seen) & set(unseen) | set(unseen) & set(others)
-    assert Counter([*seen, *unseen, *others]) == Counter([*(p for part in split(PAPER, 1) for p in part)])  # in use
-    assert {p.category for p in seen} == {p.category for p in unseen} == set(CATEGORIES)
+    parts = split(PAPER, seed)
+    assert [len(part) for part in parts] == [2698, 1079, 928, 670] and len(set().union(*parts)) == sum(map(len, parts))
+    assert Counter(p for part in parts for p in part) == Counter(p for part in split(PAPER, 1) for p in part)  # in use
+    assert all({p.category for p in part} == set(CATEGORIES) for part in parts)
     for attribute in ATTRIBUTES:
-        assert {getattr(p, attribute) for p in unseen} <= {getattr(p, attribute) for p in seen}
+        assert {getattr(p, attribute) for p in parts[1]} <= {getattr(p, attribute) for p in parts.seen}
+    assert {p.object for p in parts.new_objects} == set(PAPER.objects) - {p.object for p in parts.seen}
+    assert len(PAPER.objects) == 25 and len(set(PAPER.held_out)) == 5
 
 
 def test_contrastive_prompts_contradict_and_are_among_those_that_were_judged():

@@ -100,7 +100,7 @@ def test_says_every_headline_number(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [number for number in numbers if number not in page] == []
     words = ("simulated annotator", "significant at 5 %", "no significant difference", "lower is better", "new objects")
     words += (
-        "unseen prompt",
+        "<i>new combination</i>",
         "✓ good",
         "✗ bad",
         "– skip",
@@ -262,8 +262,8 @@ def test_few_images_and_a_single_prompt_are_called_so(tmp_path: Path, tables: No
 def test_further_groups_stand_after_the_categories(tmp_path: Path, tables: None) -> None:
     values = results()
     for groups in values["evaluation"]["judged"]["simulated annotator"].values():
-        order = ["new combinations", *reversed(GROUPS)]
-        entries = {"new combinations": groups["seen"]} | groups
+        order = ["unseen", *reversed(GROUPS)]
+        entries = {"unseen": groups["seen"]} | groups
         groups.clear()
         groups.update({name: entries[name] for name in order})
     page = page_of(write_run(tmp_path / "run", values))
@@ -274,9 +274,9 @@ def test_further_groups_stand_after_the_categories(tmp_path: Path, tables: None)
         "color",
         "background",
         "combination",
-        "new combinations",
-        "new objects",
         "unseen",
+        "new objects",
+        "new combinations",
         "seen",
     ]
 

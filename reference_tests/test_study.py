@@ -134,7 +134,7 @@ def test_fidelity_is_the_distance_to_what_images_show_and_not_to_what_was_asked(
     paths = [tmp_path / f"{i}.png" for i in range(16)]
     for path, picture in zip(paths, pictures):
         picture.save(path)
-    items = [Item(text, i, ("seen",) if i % 2 else ("unseen",)) for i, text in enumerate(asked)]
+    items = [Item(text, i, ("seen",) if i % 2 else ("new combinations",)) for i, text in enumerate(asked)]
     verdicts = ["skip" if i in (2, 7) else "good" if i > 12 else "bad" for i in range(16)]
     features, reference = embed_images(clip, pictures), embed_images(clip, drawings(asked, seed=0))
     side = Judged("", "", tmp_path, paths, features, {"reward": [0.25] * 16}, list(verdicts), None)

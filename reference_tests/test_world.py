@@ -14,11 +14,12 @@ from minialign.shapes.world import annotate, drawings, knows, pretraining_pairs,
 
 
 def test_prompts_for_feedback_for_tests_and_of_pairs_are_apart():
-    seen, unseen = prompts(3)
-    others = {prompt.text for prompt in split(SHAPES, 3)[2]}
-    assert [seen, unseen] == [[prompt.text for prompt in part] for part in split(SHAPES, 3)[:2]]
+    seen, held_out = prompts(3)
+    texts = [[prompt.text for prompt in part] for part in split(SHAPES, 3)]
+    others = set(texts[3])
+    assert [seen, held_out] == [texts[0], texts[1] + texts[2]]
     pairs = pretraining_pairs(200, 3)
-    assert len(pairs) == 200 and {text for text, _ in pairs} <= others and not others & {*seen, *unseen}
+    assert len(pairs) == 200 and {text for text, _ in pairs} <= others and not others & {*seen, *held_out}
     assert all(image.size == (SIZE, SIZE) for _, image in pairs)
     again = pretraining_pairs(200, 3)
     assert [(text, image.tobytes()) for text, image in pairs] == [(text, image.tobytes()) for text, image in again]

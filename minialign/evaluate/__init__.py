@@ -41,7 +41,7 @@ Model = tuple[str, str | None, Callable[[], Pipeline]]  # its name, where it is 
 
 # ------------------------------------------------------------------------------------------------------- what is asked
 def test_items(run: Run, settings: Mapping[str, Any], file: Path | None = None) -> list[TestItem]:
-    """The prompts and starting noises that models are compared on, spread evenly over categories and seen or unseen.
+    """The prompts and starting noises that models are compared on, spread evenly over categories and over `sides`.
 
     The prompts of `file`, or the run's own and, where they are of a grammar, those that it holds out from feedback. Of
     a run in the embedded world with the world's prompts, all that get feedback and all that are held out. InputError
@@ -49,22 +49,20 @@ def test_items(run: Run, settings: Mapping[str, Any], file: Path | None = None) 
     """
     rng, seed = random.Random(settings["seed"]), settings["seed"]
     own, dealt = _stored_prompts(run.folder), run.settings.get("seed", seed)  # which decides what is held out
-    seen, unseen = ([prompt.text for prompt in part] for part in split(GRAMMAR, dealt)[:2])
-    if file is None and run.world == WORLD and set(own) <= set(seen):
+    of_world = [prompt.text for prompt in split(GRAMMAR, dealt).seen]
+    if file is None and run.world == WORLD and set(own) <= set(of_world):
         if settings.get("images"):  # the test's prompts follow those of the feedback in one random order
-            spread(seen, _categories(seen), settings["images"], rng)
+            spread(of_world, _categories(of_world), settings["images"], rng)
+        sides = _sides(of_world + _held_out(of_world, dealt), of_world)
     else:
-        texts = read_prompts(file) if file is not None else own + _held_out(own, dealt)
-        seen = [text for text in texts if text in set(own)]
-        unseen = [text for text in dict.fromkeys(texts) if text not in set(own)]
-    sides = [(name, prompts) for name, prompts in (("seen", seen), ("unseen", unseen)) if prompts]
+        sides = _sides(read_prompts(file) if file is not None else own + _held_out(own, dealt), own)
     if not sides:
         raise InputError(f"{run.folder}: no prompts to compare on; accepted: a run with images, or --prompts FILE")
     repeat = settings["test_images_per_prompt"] or 1
     if settings["test_images"] > NOISES:
         raise InputError(f"--test-images: {settings['test_images']}; accepted: up to {NOISES}")
     items: list[TestItem] = []
-    for name, prompts in sides:
+    for name, prompts in sides.items():
         number = max(1, settings["test_images"] // len(sides) // repeat)
         for prompt in spread(prompts, _categories(prompts), number, rng):
             category = _category(prompt)
@@ -90,7 +88,27 @@ def _held_out(own: Sequence[str], seed: int) -> list[str]:
     found = [known for text in own if (known := recognise(text)) is not None]
     if len(found) < len(own):
         return []
-    return [prompt.text for grammar in dict.fromkeys(known[1] for known in found) for prompt in split(grammar, seed)[1]]
+    parts = [split(grammar, seed) for grammar in dict.fromkeys(known[1] for known in found)]
+    return [prompt.text for part in parts for prompt in (*part.new_combinations, *part.new_objects)]
+
+
+def _sides(texts: Sequence[str], own: Sequence[str]) -> dict[str, list[str]]:
+    """The texts by what the prompts `own`, which have feedback, say of them; in each group each text once.
+
+    They are seen, new combinations of words of a grammar, prompts of new objects, which no prompt of `own` names, or
+    unseen, in words of no grammar.
+    """
+    objects = {known[0].object for text in own if (known := recognise(text)) is not None}
+    mine, groups = set(own), {name: [] for name in ("seen", "new combinations", "new objects", "unseen")}
+    for text in dict.fromkeys(texts):
+        known = recognise(text)
+        if text in mine:
+            groups["seen"].append(text)
+        elif known is None:
+            groups["unseen"].append(text)
+        else:
+            groups["new combinations" if known[0].object in objects else "new objects"].append(text)
+    return {name: members for name, members in groups.items() if members}
 
 
 def _category(text: str) -> str:

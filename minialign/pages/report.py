@@ -28,6 +28,7 @@ from ..prompts import CATEGORIES
 from . import figures
 from .cards import REWARD_MODELS, difference, in_order, interval, is_fraction, judged_by, number, significance
 
+TOLD = {"new combinations": "new combination", "new objects": "new object", "unseen": "unseen prompt"}  # of one prompt
 MARKS = {"good": "✓ good", "bad": "✗ bad", "skip": "– skip"}  # a sign and a word: color alone would not do
 SHOWN, LARGEST = 6, 256  # pairs of a category before the fold; pixels of the longer side of a picture in the page
 FLAG = "<code>--test-images</code>"
@@ -216,7 +217,7 @@ def _pairs(run: Path, evaluation: Mapping[str, Any]) -> str:
             cells += f"<div>{_picture(place, f'{name}: {prompt}')}{name}{mark}</div>"
         category = next((group for group in groups if group in CATEGORIES), "")
         others = [group for group in groups if group != category]
-        told = ", ".join("unseen prompt" if group == "unseen" else group for group in others if group != "seen")
+        told = ", ".join(TOLD.get(group, group) for group in others if group != "seen")
         caption = f"<b>{prompt}</b>" + (f" <i>{escape(told)}</i>" if told else "")
         pair = f'<figure><div class="two">{cells}</div><figcaption>{caption}</figcaption></figure>'
         kinds.setdefault(category, {}).setdefault(str(others), []).append(pair)
@@ -227,7 +228,7 @@ the first images of each kind, not chosen."""
 
 
 def _folded(category: str, splits: Mapping[str, Sequence[str]]) -> str:
-    """Pairs of a category under its name: the first of each split (seen, unseen) are shown, the others folded."""
+    """Pairs of a category under its name: the first of each group (seen, new objects) are shown, the others folded."""
     first = SHOWN // max(1, len(splits))
     open_ = [pair for pairs in splits.values() for pair in pairs[:first]]
     folded = [pair for pairs in splits.values() for pair in pairs[first:]]

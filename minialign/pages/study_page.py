@@ -189,12 +189,13 @@ def categories_block(jobs: Sequence[dict[str, Any]]) -> str:
 def _one_by_one(jobs: Sequence[dict[str, Any]]) -> list[str]:
     """A table of the main jobs: their gains, and the area under the curve (AUC) of what scores their images."""
     lines = [
-        "| seed | aligned | seen | unseen | AUC, known prompts | AUC, new prompts | CLIP score's, new prompts |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| seed | aligned | seen | new combinations | new objects | AUC, known prompts | AUC, new prompts "
+        "| CLIP score's, new prompts |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for job in jobs:
         (base, tuned), cells = _sides(job), []
-        for group in ("overall", "seen", "unseen"):
+        for group in ("overall", "seen", "new combinations", "new objects"):
             if group not in tuned:
                 cells.append("–")
                 continue

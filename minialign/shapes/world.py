@@ -31,8 +31,9 @@ def knows(texts: Sequence[str]) -> bool:
 
 def prompts(seed: int) -> tuple[list[str], list[str]]:
     """The prompts that get feedback, and those that are held out from it, in a random order that the seed decides."""
-    seen, unseen, _ = split(GRAMMAR, seed)
-    return [prompt.text for prompt in seen], [prompt.text for prompt in unseen]
+    parts = split(GRAMMAR, seed)
+    held_out = [*parts.new_combinations, *parts.new_objects]
+    return [prompt.text for prompt in parts.seen], [prompt.text for prompt in held_out]
 
 
 def annotate(pictures: Sequence[Image.Image], texts: Sequence[str]) -> list[str]:
@@ -44,7 +45,7 @@ def pretraining_pairs(number: int, seed: int) -> list[tuple[str, Image.Image]]:
     """Drawings with captions as noisy as those of the pre-training, of prompts that are never judged."""
     rng = random.Random(seed + 1)
     pairs = []
-    for caption in rng.choices(split(GRAMMAR, seed)[2], k=number):
+    for caption in rng.choices(split(GRAMMAR, seed).others, k=number):
         shown = corrupt(caption, CAPTION_NOISE, GRAMMAR, rng)  # mistakes are as likely in either direction
         pairs.append((caption.text, draw(sample_scene(shown, rng), rng)))
     return pairs

@@ -239,7 +239,7 @@ def point(here: World, side: Judged, rows: Sequence[int]) -> dict[str, Any]:
     seed = here.settings["seed"]
     verdicts = [side.verdicts[i] for i in rows]
     good = [verdict == "good" for verdict in verdicts]
-    unseen = [value for value, item in zip(good, here.items) if "unseen" in item.groups]
+    unseen = [value for value, item in zip(good, here.items) if "seen" not in item.groups]
     readable = [i for i, verdict in zip(rows, verdicts) if verdict != "skip"]
     found: dict[str, Any] = {"fidelity": None, "cmmd": None}
     if len(readable) >= here.distances:
