@@ -1,15 +1,18 @@
 """Learning rates, moving averages, stateless randomness and checkpoints."""
 
+import io
 import math
 import os
 import random
+import re
 import resource
 
 import pytest
 import torch
+import tqdm.std
 
 from minialign.engine.checkpoints import checkpoints, load_checkpoint, save_checkpoint
-from minialign.engine.optimising import EMA, generator, learning_rate
+from minialign.engine.optimising import EMA, generator, learning_rate, progress
 from minialign.files import InputError, temporary_name
 
 
@@ -43,6 +46,61 @@ def test_a_late_fall_waits_for_the_warm_up():
     rates = [learning_rate(step, 100, 1.0, warmup=80, decay=0.5) for step in range(100)]
     assert rates[79] == rates[80] == 1 and rates[90] == pytest.approx(0.5)
     assert [learning_rate(step, 100, 1.0, warmup=80, decay=0.0) for step in (80, 99)] == [1, 1]
+
+
+class Clock:
+    """Seconds that pass only when a test says so, and a stream that says whether it is a terminal."""
+
+    def __init__(self, monkeypatch, terminal):
+        self.now, self.stream = 1000.0, io.StringIO()
+        self.stream.isatty = lambda: terminal
+        monkeypatch.setattr(tqdm.std, "time", lambda: self.now)
+        monkeypatch.setattr("sys.stderr", self.stream)
+        monkeypatch.delenv("TQDM_DISABLE", raising=False)
+
+    def work(self, title, items, seconds, within=lambda i: None):
+        bar = progress(range(items), title)
+        for i in bar:
+            self.now += seconds
+            bar.set_postfix_str(f"loss {i / 100:.3g}", refresh=False)
+            within(i)
+        return self.stream.getvalue()
+
+
+def screen(written):
+    """The lines that a terminal shows after what was written."""
+    rows, row, column = [""], 0, 0
+    for mark in re.findall(r"\x1b\[A|.|\n", written.replace("\r", "\x00")):
+        if mark in ("\n", "\x1b[A"):
+            row, column = row + (1 if mark == "\n" else -1), 0
+            rows += [""] * (row + 1 - len(rows))
+        elif mark == "\x00":
+            column = 0
+        else:
+            rows[row] = rows[row][:column].ljust(column) + mark + rows[row][column + 1 :]
+            column += 1
+    return rows
+
+
+def test_a_file_gets_a_line_of_progress_a_minute_and_nothing_is_redrawn(monkeypatch):
+    clock = Clock(monkeypatch, terminal=False)
+    lines = clock.work("fine-tune", 20, 10).split("\n")
+    assert lines == [
+        "fine-tune: 6 of 20 in 01:00, 02:20 left, loss 0.05",
+        "fine-tune: 12 of 20 in 02:00, 01:20 left, loss 0.11",
+        "fine-tune: 18 of 20 in 03:00, 00:20 left, loss 0.17",
+        "",
+    ]
+    assert clock.work("short", 5, 11) == "\n".join(lines)  # ends within a minute
+
+
+def test_a_terminal_keeps_one_line_of_a_finished_bar_and_none_of_an_inner_or_quick_one(monkeypatch):
+    clock = Clock(monkeypatch, terminal=True)
+    assert clock.work("validate", 12, 0.01) == ""  # ran in no time
+    written = clock.work("fine-tune", 4, 10, lambda i: clock.work("inner", 3, 1))
+    assert "inner: " in written and "fine-tune: 100%" in written
+    (line,) = [line for line in screen(written) if line.strip()]
+    assert line.strip().endswith("4/4 [00:52<00:00, loss 0.03]")
 
 
 def test_random_generators_depend_on_the_key_alone():

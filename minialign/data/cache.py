@@ -233,7 +233,7 @@ def encode_pairs(
             else:
                 yield key(pair.identity), image
 
-    waiting = progress(images(), "encode images", int(todo.sum()))
+    waiting = iter(progress(images(), "encode images", int(todo.sum())))
     with _Writer(folder, dtype) as writer:
         while chunk := list(islice(waiting, batch)):
             mean, std = pipe.encode_images([image for _, image in chunk])
@@ -261,7 +261,7 @@ def encode_texts(
     with _Writer(folder, dtype) as writer:
         if len(prompts) < len(todo):
             writer.add([keys[-1:].tobytes()], **_parts(pipe.encode_unconditional()))
-        for start in progress(range(0, len(prompts), batch), "encode prompts") if prompts else ():
+        for start in progress(range(0, len(prompts), batch), "encode prompts"):
             chunk = prompts[start : start + batch]
             context = pipe.encode_prompts([texts[i] for i in chunk])
             writer.add([keys[i : i + 1].tobytes() for i in chunk], **_parts(context))
@@ -348,7 +348,7 @@ def features(path: Path, clip: CLIP, images: Sequence[Path], texts: Sequence[str
     def embed(keys: list[bytes], items: Sequence[Any], what: str, call: Callable[[Any], Tensor]) -> Tensor:
         missing = {key: item for key, item in zip(keys, items) if key not in known}
         last = time.monotonic()
-        for start in progress(range(0, len(missing), BATCH), f"CLIP, {what}") if missing else ():
+        for start in progress(range(0, len(missing), BATCH), f"CLIP, {what}"):
             part = dict(islice(missing.items(), start, start + BATCH))
             known.update(zip(part, call(list(part.values())).float().cpu()))
             if time.monotonic() - last > 60 or start + BATCH >= len(missing):

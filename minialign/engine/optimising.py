@@ -93,12 +93,32 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def progress(items: Iterable[T], description: str, total: int | None = None, done: int = 0) -> Iterator[T]:
-    """A progress bar on stderr with rate and time left, of the leading process; none under TQDM_DISABLE=1."""
-    how: dict[str, Any] = {"file": sys.stderr, "dynamic_ncols": True, "mininterval": 0.5}
+class _Lines(tqdm):
+    """Progress in a file: every line stays, and nothing is written that a terminal alone understands."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        if msg is None:
+            self.fp.write(f"{self}\n")
+            self.fp.flush()
+        return False  # there is nothing that `close` could erase
+
+
+def progress(items: Iterable[T], description: str, total: int | None = None, done: int = 0) -> tqdm[T]:
+    """An iterator's progress on stderr with the time left; `set_postfix_str` adds figures, such as a loss.
+
+    In a terminal it is a bar, of which one line stays at the end; a bar inside another leaves none, nor does one that
+    ends within half a second. In a file it is one line a minute. Only the main process shows it, and TQDM_DISABLE=1
+    turns it off.
+    """
+    how: dict[str, Any] = {"desc": description, "total": total, "initial": done, "file": sys.stderr}
     if not is_main_process():
         how["disable"] = True
-    yield from tqdm(items, description, total, initial=done, **how)
+    if not sys.stderr.isatty():
+        line = "{desc}: {n_fmt} of {total_fmt} in {elapsed}, {remaining} left{postfix}"
+        minute = {"mininterval": 60, "delay": 60, "miniters": 1}  # 1: the clock is looked at after every item
+        return _Lines(items, bar_format=line, leave=False, **minute, **how)
+    bar = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+    return tqdm(items, bar_format=bar, leave=None, mininterval=0.5, delay=0.5, dynamic_ncols=True, **how)
 
 
 class Terminated(Exception):

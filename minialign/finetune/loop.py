@@ -184,7 +184,8 @@ def finetune(
         with state.as_left():
             validate(first)
     with Stop() as stop:
-        for step in progress(range(first, s.steps), "fine-tune", s.steps, first):
+        bar = progress(range(first, s.steps), "fine-tune", s.steps, first)
+        for step in bar:
             # 1. A batch (section 3.3): model images x_0 in proportion to r(x,z), pre-training pairs, noise, timesteps.
             sample = sample_of(step)
             # 2. The gradient of E_model[r ||eps - eps_theta(x_t,t,z)||^2] + beta E_pre[||eps - eps_theta(x_t,t,z)||^2].
@@ -200,6 +201,7 @@ def finetune(
                 if bad < s.steps:
                     raise InputError(_not_finite(bad, s, data, sample_of(bad), folder))
                 log(row)
+                bar.set_postfix_str(f"loss {row['loss']:.3g}, lr {row['learning_rate']:.1e}", refresh=False)
             if save:
                 state.save(folder, done)
             if asked:
