@@ -27,11 +27,11 @@ from minialign.evaluate.judges import (
     reference_features,
     reference_images,
 )
-from minialign.evaluate.tables import SAMPLES, best_of_curves, by_group, samples
+from minialign.evaluate.tables import SAMPLES, best_of_curves, by_group, picture, samples
 from minialign.feedback import FeedbackStore
 from minialign.files import InputError
 from minialign.generate import noise_seed
-from minialign.measures import cmmd, diversity, frechet_distance, paired_interval, wilson_interval
+from minialign.measures import PICTURE, cmmd, diversity, frechet_distance, paired_interval, wilson_interval
 from minialign.models.pretrained import EMBEDDED
 from minialign.models.reward import embed_images
 from minialign.prompts import CATEGORIES, PAPER, SHAPES, parse, split, spread
@@ -195,6 +195,26 @@ def test_curves_are_means_over_prompts_that_are_judged_whole():
     assert alone["CLIP score"]["CLIP score"]["A"]["value"] == pytest.approx([0.15, 0.2])
 
 
+def test_pictures_before_and_after_have_numbers_with_intervals_over_prompts(tmp_path):
+    """Pale images of two prompts become full of color: the difference is of each image with its own earlier one."""
+    items, sides, colors = items_of("aab"), [], {"A": [(90, 60, 60), (60, 60, 90), (8, 4, 2)], "B": [(200, 0, 0)] * 3}
+    for name, shown_ in colors.items():
+        one = side(name, reward=[0.5] * 3)
+        for path, color in zip(one.paths, shown_):
+            Image.new("RGB", (4, 4), color).save(tmp_path / path)
+        sides.append(replace(one, paths=[tmp_path / path for path in one.paths]))
+    found = picture(sides, items)
+    assert found.keys() == PICTURE.keys() and all(list(table) == ["A", "B"] for table in found.values())
+    before, after = [1 / 3, 1 / 3, 0.75], [1.0] * 3
+    a, b = found["saturation"].values()
+    assert a == {"value": pytest.approx(sum(before) / 3), "n": 3,
+                 "ci95": pytest.approx(paired_interval([0.0] * 3, before, "aab", (0, 1)))}  # fmt: skip
+    assert b["value"] == 1 and b["gain"] == pytest.approx(1 - sum(before) / 3)
+    assert b["gain_ci95"] == pytest.approx(paired_interval(before, after, "aab"))
+    assert found["brightness"]["B"]["value"] == pytest.approx(0.299 * 200 / 255)
+    assert found["color entropy"]["B"] == {"value": 0, "n": 3, "ci95": [0, 0], "gain": 0, "gain_ci95": [0, 0]}
+
+
 def test_samples_are_the_first_of_each_group():
     items = items_of("ab" * 20, ("count", "seen"), ("unseen",))
     sides = [side(name, reward=[0.5] * 40) for name in "AB"]
@@ -337,6 +357,7 @@ def test_the_command_compares_pipelines(drawn, tmp_path, monkeypatch, capsys):
     assert set(found["judged"]) == {"simulated annotator", "reward", "CLIP score"}
     assert found["judge"] == "simulated annotator" and found["judged"]["reward"]["base"]["overall"]["n"] == 6
     assert all(value is not None for key in ("frechet", "cmmd", "diversity") for value in found[key].values())
+    assert all(one["fine-tuned"]["gain_ci95"] is not None for one in found["picture"].values())
     assert "fine-tuned over base: " in out and "CMMD (lower" in out and (run / "report.html").exists()
     assert results_of(run)["counts"] == {"images": 4, "labels": 0, "evaluated": 6}
     assert all((run / path).exists() for sample in found["samples"] for path in sample["images"].values())

@@ -1,27 +1,35 @@
-"""Intervals, scores against labels, agreement, distances, diversity and best of N against closed forms and counts."""
+"""Intervals, scores against labels, agreement, distances, diversity, best of N, pictures: closed forms and counts."""
 
+import colorsys
 import itertools
 import math
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from minialign.measures import (
+    EDGE,
     area_under_curve,
     best_of,
+    brightness,
     calibration,
     cmmd,
     cohen_kappa,
+    color_entropy,
     contrasts,
     diversity,
+    edge_density,
     expected_calibration_error,
     fleiss_kappa,
     frechet_distance,
     measure,
     paired_interval,
     platt,
+    saturation,
     student_t,
     wilson_interval,
 )
@@ -244,3 +252,53 @@ def test_best_of_equals_all_sets(ties):
             found.append(sum(top) / len(top))  # among equals one at random
         assert value == pytest.approx(sum(found) / len(found), rel=1e-12)
     assert best_of(scores, outcomes)[0] == pytest.approx(sum(outcomes) / 7) and len(best_of([1.0], [0.0])) == 1
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Two images (2,3,6,5) of 8 bits: one of coarse steps, with black and white pixels, and one of pale noise."""
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 6, 5))
+    pixels[0] = pixels[0] // 64 * 85
+    pixels[0, :, 0, :2] = [0, 255]
+    pixels[1] = 120 + pixels[1] // 8
+    return torch.from_numpy(pixels).float() / 255
+
+
+def by_pixel(images, number):
+    """Mean over each image's pixels of a number of red, green and blue."""
+    return [sum(number(*map(float, rgb)) for rgb in one.flatten(1).T) / one[0].numel() for one in images]
+
+
+def test_saturation_is_that_of_colorsys(pictures):
+    expected = by_pixel(pictures, lambda *rgb: colorsys.rgb_to_hsv(*rgb)[1])
+    assert saturation(pictures).tolist() == pytest.approx(expected, rel=1e-5)
+    assert saturation(torch.zeros(1, 3, 2, 2)) == 0 and saturation(torch.tensor([1.0, 0, 0])[None, :, None, None]) == 1
+
+
+def test_brightness_is_pillows_grey(pictures):
+    assert brightness(pictures).tolist() == pytest.approx(by_pixel(pictures, lambda *rgb: colorsys.rgb_to_yiq(*rgb)[0]),
+                                                          abs=2e-3)  # fmt: skip
+    for one, value in zip(pictures, brightness(pictures).tolist()):
+        grey = Image.fromarray((one * 255).round().byte().permute(1, 2, 0).numpy()).convert("L")
+        assert np.asarray(grey).mean() / 255 == pytest.approx(value, abs=0.5 / 255)  # whose pixels are rounded
+
+
+def test_edges_are_where_numpys_gradient_is_long(pictures):
+    for one, value in zip(pictures.double().numpy(), edge_density(pictures).tolist()):
+        grey = np.tensordot([0.299, 0.587, 0.114], one, 1)
+        length = np.sqrt(sum(np.square(part) for part in np.gradient(grey)))
+        assert value == pytest.approx((length > EDGE).mean(), rel=1e-6)
+    assert 0 < edge_density(pictures)[1] < edge_density(pictures)[0]
+    step = torch.zeros(1, 3, 4, 8)
+    step[..., 4:] = 1  # seen from both sides: two of eight columns
+    assert edge_density(step) == 0.25
+
+
+def test_color_entropy_counts_cells(pictures):
+    for one, value in zip(pictures, color_entropy(pictures).tolist()):
+        cells = Counter(tuple(min(int(8 * channel), 7) for channel in rgb) for rgb in one.flatten(1).T.tolist())
+        fractions = [count / cells.total() for count in cells.values()]
+        assert value == pytest.approx(-sum(p * math.log2(p) for p in fractions), rel=1e-5)
+    levels = torch.arange(8) / 7
+    cube = torch.stack(torch.meshgrid(levels, levels, levels, indexing="ij")).reshape(1, 3, 8, 64)
+    assert color_entropy(cube) == pytest.approx(9) and color_entropy(torch.ones(1, 3, 4, 4)) == 0

@@ -30,7 +30,7 @@ from ..prompts import recognise, split, spread
 from ..reward import MODEL, load_reward, read_measured
 from ..shapes.world import GRAMMAR, WORLD
 from .judges import PEOPLE, REWARD, Judged, TestItem, distances, judge_model, reference_images
-from .tables import best_of_curves, by_group, samples
+from .tables import best_of_curves, by_group, picture, samples
 
 __all__ = ["Judged", "TestItem", "compare_models", "evaluate_run", "judge_model", "test_items", "write_results"]
 BASE, TUNED = "base", "fine-tuned"
@@ -153,6 +153,7 @@ def evaluate(
         "judged": judged,
         **distances(run, good, sides, items, clip, settings["seed"]),
         **({"reference": str(reference)} if reference is not None else {}),
+        "picture": picture(sides, items),
         "best_of_n": best_of_curves(sides, items),
         "samples": samples(sides, items, run.folder),
     }

@@ -1,4 +1,4 @@
-"""What the judges say, in numbers with intervals: by group of prompts, and of the best of N images."""
+"""What the judges say, in numbers with intervals: by group of prompts, and of the best of N images; and the pictures."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from ..measures import best_of, paired_interval, wilson_interval
+import numpy as np
+import torch
+
+from ..data import open_image
+from ..measures import PICTURE, best_of, paired_interval, wilson_interval
 from .judges import CLIP_SCORE, LABELLERS, REWARD, Judged, TestItem
 
 SAMPLES = 8  # of each group that the report shows
-RANGES = {CLIP_SCORE: (-1.0, 1.0)}  # of a judge's numbers; of the others 0 to 1
+RANGES = {CLIP_SCORE: (-1.0, 1.0), "color entropy": (0.0, 9.0)}  # of numbers; of the others 0 to 1
 
 
 def by_group(sides: Sequence[Judged], judge: str, items: Sequence[TestItem]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -51,6 +55,28 @@ def _gain(rows: Sequence[tuple[str, float, float]], judge: str) -> dict[str, Any
     low, high = RANGES.get(judge, (0.0, 1.0))
     gain = (sum(after) - sum(before)) / len(rows)
     return {"gain": gain, "gain_ci95": paired_interval(before, after, texts, (low - high, high - low))}
+
+
+def picture(sides: Sequence[Judged], items: Sequence[TestItem]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Plain numbers of the images, `measures.PICTURE`: name -> model -> value, n, ci95, and gain over the first model.
+
+    Values are means over the images, intervals `paired_interval`'s over prompts.
+    """
+    texts = [item.prompt for item in items]
+    table: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in PICTURE}
+    first: dict[str, list[float]] = {}
+    for side in sides:
+        found: dict[str, list[float]] = {name: [] for name in PICTURE}
+        for path in side.paths:
+            pixels = torch.from_numpy(np.array(open_image(path))).permute(2, 0, 1)[None] / 255
+            for name, number in PICTURE.items():
+                found[name].append(float(number(pixels)))
+        for name, values in found.items():
+            table[name][side.name] = _mean(values, texts, name)
+            if side is not sides[0]:
+                table[name][side.name] |= _gain(list(zip(texts, first[name], values)), name)
+        first = first or found
+    return table
 
 
 def best_of_curves(sides: Sequence[Judged], items: Sequence[TestItem]) -> dict[str, dict[str, dict[str, Any]]]:
