@@ -18,22 +18,45 @@ from minialign.engine.optimising import Terminated, learning_rate
 from minialign.files import InputError
 from minialign.finetune import WEIGHTINGS, FineTuning, Latents, TrainingData, finetune, step_loss
 from minialign.finetune.batches import micro_batch, sample_step, stratified_timesteps
-from minialign.finetune.weights import min_snr_weight, sample_by_weight
+from minialign.finetune.weights import SAMPLINGS, min_snr_weight
 from minialign.models.unet import UNet
 
 UNET = SMALL_UNET | {"sample_size": 4, "norm_num_groups": 4}
 
 
-def test_sampling_by_weight_has_the_expectation_of_weighting_by_it():
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_either_sampling_estimates_the_weighted_mean(name):
+    """Without bias, and with the variance that its closed form has."""
     g = torch.Generator().manual_seed(0)
     weight, f = torch.rand(50, generator=g), torch.randn(50, generator=g)
     weight[:10] = 0
-    chosen, factor = sample_by_weight(weight, 400_000, g)
-    expected, terms = (weight.double() * f).mean(), (factor * f[chosen]).double()
-    spread = terms.std() / len(chosen) ** 0.5
-    assert abs(terms.mean() - expected) < 4 * spread
-    assert abs(f.double().mean() - expected) > 20 * spread  # uniform samples would be found out
-    assert chosen.min() >= 10  # no UNet call is spent on images that weigh nothing
+    w, number = weight.double(), 400_000
+    chosen, factors = SAMPLINGS[name](weight, number, g)
+    assert factors.shape == chosen.shape == (number,)
+    expected, terms = (w * f).mean(), (factors * f[chosen]).double()
+    square = {"proportional": w.mean() * (w * f.square()).mean(), "uniform": (w * f).square().mean()}[name]
+    variance = square - expected.square()
+    assert abs(terms.mean() - expected) < 4 * (variance / number) ** 0.5
+    assert terms.var() == pytest.approx(float(variance), rel=0.02)
+    assert abs(f.double().mean() - expected) > 20 * (variance / number) ** 0.5  # no weights would be found out
+    assert (chosen.min() >= 10) == (name == "proportional")  # no UNet call is spent on images that weigh nothing
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize("total", [1, 3])
+def test_the_factors_of_a_step_are_those_of_its_rows(name, total):
+    """Micro-batch by micro-batch the loss of a row has its own factor, scaled to the mean over the step."""
+    weight = torch.arange(1.0, 6)
+    latents = Latents(torch.zeros(5, 1, 2, 2), torch.zeros(5, 1, 2, 2), torch.zeros(5, dtype=torch.long))
+    data = TrainingData([torch.zeros(2, 1, 1)], latents, weight, latents)
+    sample = sample_step(0, data, (7, 2), 10, image_sampling=name)
+    found = torch.zeros(7)
+    for number in range(total):
+        batch = micro_batch(sample, number, total, data, 0.5, torch.device("cpu"))
+        own = batch.factors[~batch.is_pair]
+        found[number::total] = own / len(own) / total  # the mean over its rows, and over the micro-batches
+    expected = weight[sample.model_images] if name == "uniform" else torch.full((7,), 3.0)
+    torch.testing.assert_close(found, expected / 7)
 
 
 def test_weightings_by_hand():
@@ -74,7 +97,7 @@ def test_a_step_is_sampled_from_seed_and_step_alone():
     samples = [vars(sample_step(step, data, **how)) for step in (0, 1, 2, 1)]
     for name, first in samples[1].items():
         assert torch.equal(first, samples[3][name])
-        assert name == "factor" or not torch.equal(first, samples[2][name])
+        assert name == "factors" or not torch.equal(first, samples[2][name])
     pairs = torch.cat([sample["pairs"] for sample in samples[:3]])
     assert pairs[:3].sort().values.tolist() == pairs[3:].sort().values.tolist() == [0, 1, 2]  # each once an epoch
 

@@ -125,6 +125,8 @@ SETTINGS = tuple(
         ("weighting", TUNING, "reward", "reward", ("reward", "threshold", "exponential"),
          "weight of a model image: its reward r (the paper); 1 where r > tau, else 0; exp((r - 1) / tau)"),
         ("tau", TUNING, None, None, positive, "tau of the weighting; threshold has 0.5, exponential 0.2 unless given"),
+        ("image_sampling", TUNING, "proportional", "proportional", ("proportional", "uniform"),
+         "model images of a step: in proportion to their weights, or uniform and weighted in the loss (the paper)"),
         ("clip_norm", TUNING, 1.0, 1.0, positive, "largest norm of the gradient"),
         ("ema", TUNING, 0.0, 0.0, in_range(float, 0, 0.999999), "decay of a moving average of the weights; 0: none"),
         ("prompt_dropout", TUNING, 0.1, 0.1, fraction, "fraction of the prompts that is left out, for guidance"),
@@ -162,6 +164,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "beta": 1.0,
         "batch_size": 512,
         "pretrain_fraction": 0.5,  # half of each step are pre-training pairs
+        "image_sampling": "uniform",  # and the loss of each image is weighted by r
         "learning_rate": 1e-5,
         "lr_schedule": "constant",
         "warmup": 0,

@@ -17,7 +17,7 @@ from ..data.cache import Rows
 from ..engine.optimising import generator
 from ..engine.processes import processes
 from ..files import InputError
-from .weights import sample_by_weight
+from .weights import SAMPLINGS
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class TrainingData:
 class Sample:
     """What is random in a step: M model images first, then P pre-training pairs; B = M + P rows."""
 
-    model_images: Tensor  # (M,) row numbers, in proportion to the weight
-    factor: Tensor  # () of the loss of each model image, see `sample_by_weight`
+    model_images: Tensor  # (M,) row numbers, by one of `SAMPLINGS`
+    factors: Tensor  # (M,) of their losses
     pairs: Tensor  # (P,) row numbers
     latents: Tensor  # (B,C,h,w) standard Gaussian: latents are mean + std times this
     noise: Tensor  # (B,C,h,w) epsilon
@@ -63,6 +63,7 @@ def sample_step(
     rows: tuple[int, int],
     timesteps: int,
     *,
+    image_sampling: str = "proportional",
     prompt_dropout: float = 0.0,
     noise_offset: float = 0.0,
     seed: int = 0,
@@ -70,13 +71,13 @@ def sample_step(
     """Sample everything random of a step, counted from 0; the same for the same arguments, whatever came before.
 
     rows: the numbers M of model images and P of pre-training pairs in a step (`split_rows`). Pairs come in a random
-    order, each once an epoch. timesteps: their number in the noise schedule. prompt_dropout: probability of the empty
-    prompt (Ho & Salimans 2022, algorithm 1). noise_offset: standard deviation of what is added to all of a channel's
-    noise (Guttenberg 2023).
+    order, each once an epoch. timesteps: their number in the noise schedule. image_sampling: one of SAMPLINGS, how model
+    images are sampled. prompt_dropout: probability of the empty prompt (Ho & Salimans 2022, algorithm 1). noise_offset:
+    standard deviation of what is added to all of a channel's noise (Guttenberg 2023).
     """
     g = generator(seed, 5, step)
     (model_rows, pair_rows), batch = rows, sum(rows)
-    chosen, factor = sample_by_weight(data.weight, model_rows, g)
+    chosen, factors = SAMPLINGS[image_sampling](data.weight, model_rows, g)
     others = torch.arange(step * pair_rows, (step + 1) * pair_rows)
     if data.pairs is not None and pair_rows:
         others = shuffled(others, len(data.pairs.row), seed)
@@ -85,7 +86,7 @@ def sample_step(
     no_prompt = torch.rand(batch, generator=g) < prompt_dropout
     if noise_offset:
         noise += noise_offset * torch.randn(*noise.shape[:2], 1, 1, generator=g)
-    return Sample(chosen, factor, others, latents, noise, t, no_prompt)
+    return Sample(chosen, factors, others, latents, noise, t, no_prompt)
 
 
 def stratified_timesteps(total: int, number: int, g: torch.Generator) -> Tensor:
@@ -145,7 +146,7 @@ def micro_batch(
     x0 = mean + std * sample.latents[rows]
     row = torch.where(sample.no_prompt[rows], len(data.context[0]) - 1, row)
     model_scale, pair_scale = total * len(of_model) / model_rows, total * len(of_pairs) / max(pair_rows, 1)
-    factors = (sample.factor * model_scale).repeat(len(rows))
+    factors = torch.cat([sample.factors[of_model] * model_scale, torch.ones(len(of_pairs))])
     is_pair = torch.arange(len(rows)) >= len(of_model)
     tensors = (x0, sample.noise[rows], sample.t[rows], factors, is_pair, *(part[row] for part in data.context))
     x0, noise, t, factors, is_pair, *context = (on_device(tensor, device) for tensor in tensors)

@@ -77,6 +77,7 @@ class FineTuning:
     warmup: int = 20  # first steps, in which the learning rate rises
     clip_norm: float = 1.0  # largest norm of the gradient
     ema: float = 0.0  # decay of a moving average of the weights that takes their place in the end; 0: none
+    image_sampling: str = "proportional"  # of model images: in proportion to their weights, or uniform (`SAMPLINGS`)
     prompt_dropout: float = 0.1  # probability of the empty prompt, so that guidance keeps its unconditional model
     min_snr: float = 0.0  # gamma of the min-SNR weight of timesteps; 0: each weighs one
     noise_offset: float = 0.0  # standard deviation of the noise that a whole channel shares
@@ -176,7 +177,7 @@ def finetune(
     state = State(unet, s)
     sample_of = partial(
         sample_step, data=data, rows=rows, timesteps=len(schedule.alphas_cumprod),
-        prompt_dropout=s.prompt_dropout, noise_offset=s.noise_offset, seed=s.seed,
+        image_sampling=s.image_sampling, prompt_dropout=s.prompt_dropout, noise_offset=s.noise_offset, seed=s.seed,
     )  # fmt: skip
     first, schedule = state.load(folder), schedule.to(state.device)
     unet.train()
@@ -186,7 +187,7 @@ def finetune(
     with Stop() as stop:
         bar = progress(range(first, s.steps), "fine-tune", s.steps, first)
         for step in bar:
-            # 1. A batch (section 3.3): model images x_0 in proportion to r(x,z), pre-training pairs, noise, timesteps.
+            # 1. A batch (section 3.3): model images x_0 sampled by r(x,z), pre-training pairs, noise, timesteps.
             sample = sample_of(step)
             # 2. The gradient of E_model[r ||eps - eps_theta(x_t,t,z)||^2] + beta E_pre[||eps - eps_theta(x_t,t,z)||^2].
             loss, errors = backward(state, schedule, data, sample)

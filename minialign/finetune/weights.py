@@ -32,13 +32,27 @@ WEIGHTINGS = {
 
 
 def sample_by_weight(weight: Tensor, number: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Sample `number` row numbers in proportion to weight (N,), and return with them the factor () of their losses.
+    """Sample `number` row numbers in proportion to weight (N,), and return with them the factors of their losses.
 
     With the factor, which is the mean weight, a mean over the sampled rows has the expectation of the weighted mean
     over all rows: mean(w) sum_i w_i / sum(w) f_i = mean(w f). No UNet call is spent on an image that weighs nothing.
     Weights are not negative and not all zero, and on the CPU, so that sampling waits for no device.
     """
-    return torch.multinomial(weight.double(), number, replacement=True, generator=g), weight.mean()
+    chosen = torch.multinomial(weight.double(), number, replacement=True, generator=g)
+    return chosen, weight.mean().expand(number)
+
+
+def sample_evenly(weight: Tensor, number: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Sample `number` row numbers of weight (N,), all equally often; the factors of their losses are their weights.
+
+    This is how the paper weighs its loss. It estimates the same mean(w f) as `sample_by_weight`, with another variance,
+    and spends UNet calls on images that weigh little.
+    """
+    chosen = torch.randint(len(weight), (number,), generator=g)
+    return chosen, weight[chosen]
+
+
+SAMPLINGS = {"proportional": sample_by_weight, "uniform": sample_evenly}
 
 
 def min_snr_weight(schedule: NoiseSchedule, t: Tensor, gamma: float) -> Tensor:
