@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,19 +56,53 @@ def paired_interval(
 
 
 @cache
-def student_t(freedom: int, level: float = 0.95) -> float:
-    """Half the width of Student's t interval in standard errors (Student 1908): the quantile at (1 + level) / 2.
+def _student(freedom: int) -> tuple[Tensor, Tensor]:
+    """Angles a from 0 to pi/2, and the fraction of Student's distribution (Student 1908) with |t| < sqrt(n) tan(a).
 
     With t = sqrt(n) tan(a) the density of n degrees of freedom is proportional to cos(a)^(n - 1), summed here to 1e-7.
     """
     angle = torch.linspace(0, math.pi / 2, 2_000_001, dtype=torch.float64)
     mass = torch.cumulative_trapezoid(angle.cos() ** (freedom - 1), angle)
-    place = int(torch.searchsorted(mass, level * mass[-1]))
-    return math.sqrt(freedom) * math.tan(float(angle[place + 1]))
+    return angle[1:], mass / mass[-1]
 
 
-def contrasts(values: Tensor, reference: int, apart: Sequence[int] = ()) -> list[tuple[float, float, float]]:
-    """Each of R treatments against one of them in S blocks: its mean difference and the ends of its 95 % interval.
+@cache
+def student_t(freedom: int, level: float = 0.95) -> float:
+    """Half the width of Student's t interval in standard errors: the quantile at (1 + level) / 2."""
+    angle, mass = _student(freedom)
+    return math.sqrt(freedom) * math.tan(float(angle[int(torch.searchsorted(mass, level))]))
+
+
+def student_p(t: float, freedom: int) -> float:
+    """Probability of a t as far from 0 as this one, or farther, in either direction, where the true mean is 0."""
+    angle, mass = _student(freedom)
+    return 1.0 - float(mass[min(len(mass) - 1, int(torch.searchsorted(angle, math.atan(abs(t) / math.sqrt(freedom)))))])
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p values of several comparisons corrected for their number (Holm 1979), in the order that they came in.
+
+    Calling those significant that are below 5 % calls any wrongly so in at most one family of comparisons in twenty.
+    The smallest of m is multiplied by m, the next by m - 1 and so on; none is below one that was smaller.
+    """
+    corrected, least = list(p), 0.0
+    for place, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        least = max(least, min(1.0, p[i] * (len(p) - place)))
+        corrected[i] = least
+    return corrected
+
+
+class Contrast(NamedTuple):
+    """A mean difference, the ends of its 95 % interval, and the p value of there being none."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def contrasts(values: Tensor, reference: int, apart: Sequence[int] = ()) -> list[Contrast]:
+    """Each of R treatments against one of them in S blocks.
 
     values (R,S) in float64 are y_rs = mu_r + b_s + e_rs with one variance of e, as in a randomised block design (Fisher
     1935); the residuals of R' rows estimate it with (R' - 1)(S - 1) degrees of freedom. These are all but the rows
@@ -83,8 +117,10 @@ def contrasts(values: Tensor, reference: int, apart: Sequence[int] = ()) -> list
         if i in apart:
             found.append(contrasts(values[[reference, i]], 0)[1])
         else:
-            half = student_t(freedom) * math.sqrt(float(residuals.square().sum()) / freedom * 2 / blocks)
-            found.append((difference, difference - half, difference + half))
+            error = math.sqrt(float(residuals.square().sum()) / freedom * 2 / blocks)
+            half = student_t(freedom) * error
+            p = student_p(difference / error, freedom) if error else float(difference == 0)
+            found.append(Contrast(difference, difference - half, difference + half, p))
     return found
 
 
@@ -209,6 +245,15 @@ def pairs_alike(counts: np.ndarray) -> np.ndarray:
     return (counts * (counts - 1)).sum(1) / (n * (n - 1))
 
 
+def two_thirds(votes: Tensor) -> Tensor:
+    """What raters (R) find of pairs (P), votes (R,P) of 1 for the first, -1 for the second and 0 for neither, as (P,).
+
+    A pair is won, 1, or lost, -1, by two thirds of the votes or more (Lee et al. 2023, section 4); else it is tied, 0.
+    """
+    won, lost = (3 * (votes == side).sum(0) >= 2 * len(votes) for side in (1, -1))
+    return won.int() - lost.int()
+
+
 # ------------------------------------------------------------------------------------------------------ sets of images
 def frechet_distance(features: Tensor, reference: Tensor) -> float | None:
     """Frechet distance of Gaussians fitted to features (N,E) and (M,E) (Heusel et al. 2017, equation 6).
@@ -275,7 +320,7 @@ def best_of(scores: Sequence[float], outcomes: Sequence[float]) -> list[float]:
 
 
 # ---------------------------------------------------------------------------------------------- numbers of a picture
-# Images (N,3,H,W) in RGB from 0 to 1 in, a number (N,) of each out. The paper names oversaturated images as a failure of
+# Images (N,3,H,W), RGB from 0 to 1, in; a number (N,) of each out. The paper names oversaturated images as a failure of
 # a reward that is optimised too far; such numbers show it before anyone looks.
 EDGE = 0.1  # change of brightness from pixel to pixel that counts as an edge: ours
 LEVELS = 8  # of each channel in the histogram of colors: ours

@@ -1,6 +1,7 @@
 """What models are compared on, what judges say of their images, and the command that compares."""
 
 import json
+import math
 import random
 import shutil
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import command
-from PIL import Image
+from PIL import Image, ImageChops
 
 from minialign import CLIP, Pipeline, RewardModel, evaluate
 from minialign.engine.run import Run
@@ -27,6 +28,7 @@ from minialign.evaluate.judges import (
     reference_features,
     reference_images,
 )
+from minialign.evaluate.sets import clean, compared_sets, outcomes, rows_of_sets, told
 from minialign.evaluate.tables import SAMPLES, best_of_curves, by_group, picture, samples
 from minialign.feedback import FeedbackStore
 from minialign.files import InputError
@@ -103,6 +105,18 @@ def test_another_seed_of_the_test_deals_no_prompt_out_again(tmp_path):
     items = test_items(run, settings_of(run, seed=5, test_images=80))
     assert all(item.prompt in (SEEN if "seen" in item.groups else HELD_OUT) for item in items)
     assert [item.seed for item in items] == [noise_seed(5, i, test=True) for i in range(len(items))]
+
+
+def test_sets_are_whole(tmp_path):
+    run = run_of(tmp_path / "run", SEEN[:6])
+    items = test_items(run, settings_of(run, test_images=32, sets=4))
+    assert len(items) == 32 and len(rows_of_sets(items, 4)) == 8
+    assert all(len({items[i].prompt for i in rows}) == 1 for rows in rows_of_sets(items, 4))
+    assert rows_of_sets(items_of("aabaab"), 2) == [[0, 1], [3, 4], [2, 5]] and rows_of_sets(items_of("aab"), 2) == [
+        [0, 1]
+    ]
+    with pytest.raises(InputError, match="--test-images-per-prompt: 6; accepted with --sets 4: a multiple of it"):
+        test_items(run, settings_of(run, sets=4, test_images_per_prompt=6))
 
 
 def test_prompts_of_a_run_are_seen_and_those_that_its_grammar_holds_out_are_not(tmp_path):
@@ -213,6 +227,61 @@ def test_pictures_before_and_after_have_numbers_with_intervals_over_prompts(tmp_
     assert b["gain_ci95"] == pytest.approx(paired_interval(before, after, "aab"))
     assert found["brightness"]["B"]["value"] == pytest.approx(0.299 * 200 / 255)
     assert found["color entropy"]["B"] == {"value": 0, "n": 3, "ci95": [0, 0], "gain": 0, "gain_ci95": [0, 0]}
+
+
+def test_raters_decide_on_sets_as_often_as_the_binomial_says():
+    """Of sets of one image: a rater prefers ours with (1-e)^2, theirs with e^2; six of nine decide."""
+    number, wrong = 20_000, 0.2
+    ours, theirs = torch.ones(number, 1), torch.zeros(number, 1)
+    found = told(outcomes(ours, theirs, 9, wrong, seed=0))
+
+    def six_of_nine(p):
+        return sum(math.comb(9, k) * p**k * (1 - p) ** (9 - k) for k in range(6, 10))
+
+    for name, chance in (("won", six_of_nine(0.8**2)), ("lost", six_of_nine(0.2**2))):
+        assert found[name] == pytest.approx(chance, abs=4 * math.sqrt(chance / number) + 1e-9)
+    assert found["n"] == number and sum(found[name] for name in ("won", "tied", "lost")) == pytest.approx(1)
+    three = (
+        torch.tensor([[1.0, 1, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0]]),
+        torch.tensor([[1.0, 0, 0, 0]] * 2 + [[1, 1, 1, 0]]),
+    )
+    assert outcomes(*three).tolist() == [1, 0, -1] and outcomes(*three, raters=9).tolist() == [1, 0, -1]
+    assert torch.equal(outcomes(*three, 9, 0.3, seed=4), outcomes(*three, 9, 0.3, seed=4))
+
+
+def test_clean_images_look_like_drawings_of_what_they_show(clip, tmp_path):
+    """As drawings do; whatever was asked. Noise takes that from them, and what cannot be read has none."""
+    made = drawings(SEEN[:40], seed=5)
+    noise = torch.Generator().manual_seed(0)
+    spoilt = [ImageChops.add(image, Image.fromarray(torch.randint(60, (64, 64, 3), generator=noise).byte().numpy()))
+              for image in made]  # fmt: skip
+    spoilt[3] = Image.new("RGB", (64, 64), "white")
+    found = []
+    for name, pictures in (("made", made), ("spoilt", spoilt)):
+        (tmp_path / name).mkdir()
+        paths = [tmp_path / name / f"{i}.png" for i in range(40)]
+        for path, one_picture in zip(paths, pictures):
+            one_picture.save(path)
+        one = Judged(name, name, tmp_path, paths, embed_images(clip, pictures), {}, [None] * 40, None)
+        found.append(clean(one, clip, 0))
+    assert set(found[0] + found[1]) == {0.0, 1.0} and found[1][3] == 0
+    assert sum(found[0]) >= 0.85 * 40 > 0.5 * 40 > sum(found[1])
+
+
+def test_sets_are_compared_by_kind_rater_and_group(clip, tmp_path, monkeypatch):
+    items = items_of("aabbcc", *[("seen",)] * 4, *[("new objects",)] * 2)
+    annotated = {"A": [1.0, 0, 0, 0, 1, 1], "B": [1.0, 1, 0, 0, 0, 1]}
+    people = {"A": [1.0, 0, 0, 0, 1, None], "B": [1.0, 1, 0, 0, 0, 1]}
+    sides = [side(name, simulated_annotator=annotated[name], people=people[name]) for name in annotated]
+    monkeypatch.setattr("minialign.evaluate.sets.clean", lambda side, clip, seed: [float(side.name == "A")] * 6)
+    found = compared_sets(sides, items, 2, clip, 0)
+    assert found["size"] == 2 and set(found["compared"]) == {"alignment", "fidelity"}
+    alone = found["compared"]["alignment"]["simulated annotator"]["B"]
+    assert alone["overall"] == {"won": 1 / 3, "tied": 1 / 3, "lost": 1 / 3, "n": 3}
+    assert alone["seen"] == {"won": 0.5, "tied": 0.5, "lost": 0, "n": 2} and alone["new objects"]["lost"] == 1
+    assert found["compared"]["alignment"]["people"]["B"]["overall"]["n"] == 2  # one set is not labelled whole
+    assert found["compared"]["fidelity"]["simulated annotator"]["B"]["overall"]["lost"] == 1
+    assert "nine noisy copies" in found["compared"]["fidelity"]
 
 
 def test_samples_are_the_first_of_each_group():

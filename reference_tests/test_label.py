@@ -787,7 +787,44 @@ def test_a_comparison_is_blind_and_kept(tmp_path, monkeypatch, capsys):
     assert len(lines) == 20 and lines[0] == {
         "prompt": "prompt 0", "image": "run/images/000.png", "other": "other/images/000.png",
         "verdict": chosen[1][0], "side": chosen[1][1], "labeller": "ann", "time": lines[0]["time"], "seed": 0,
+        "images": 1,
     }  # fmt: skip
+
+
+def test_sets_are_compared_blind_and_won_by_two_thirds(tmp_path, monkeypatch, capsys):
+    prompts = {"a cat": 5, "two dogs": 4, "a cow": 3}
+    run, other = make_run(tmp_path / "run", prompts), make_run(tmp_path / "other", prompts, color=200)
+    book = ComparisonBook(FeedbackStore(run), other, size=4)
+    ours = {(run / "images" / f"{i:03d}.png").read_bytes() for i in range(12)}
+    votes = {"ann": ("this", "this"), "bob": ("this", "other"), "cy": ("other", "tie")}
+    with served(book) as port:
+        for name, own in votes.items():
+            told = ask(port, f"/api/next?labeller={name}")[1]
+            assert told["progress"]["total"] == 2 and {one["prompt"] for one in told["items"]} == {"a cat", "two dogs"}
+            for item in sorted(told["items"], key=lambda item: item["item"]):
+                (slot,) = item["slots"]
+                assert len(slot["images"]) == len(set(slot["images"])) == 8
+                shown = [ask(port, f"/{place}")[1] in ours for place in slot["images"]]
+                assert shown in ([True] * 4 + [False] * 4, [False] * 4 + [True] * 4)
+                side, there = ("left", "right") if shown[0] else ("right", "left")
+                verdict = {"this": side, "other": there, "tie": "tie"}[own[item["prompt"] == "two dogs"]]
+                assert post(port, name, slot["id"], verdict)[0] == 200
+        assert {book.side(image) for image in book.sets[1]} == {book.side(1)}
+    code, out, _ = command(monkeypatch, capsys, run, "--compare", other, "--sets", 4, "--summary")
+    assert code == 0 and "sets of 4 images of a prompt: 50% won, 50% tied, 0% lost of 2 sets\n6 votes" in out
+    for size, nothing in ((1, "Nothing decided yet"), (3, "No sets of 3 compared yet")):  # are counted apart
+        _, out, _ = command(monkeypatch, capsys, run, "--compare", other, "--sets", size, "--summary")
+        assert nothing in out
+    command(monkeypatch, capsys, run, "--compare", other, "--export", tmp_path / "votes.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "votes.jsonl").read_text().splitlines()]
+    assert [line["images"] for line in lines] == [4] * 6 and lines[0]["image"] == "run/images/000.png"
+    for arguments, message in (
+        ((run, "--sets", 4), "--sets 4: of what is compared; accepted with --compare OTHER"),
+        ((run, "--compare", other, "--sets", 6), "its store holds no 6 images of a prompt that is in"),
+        ((run, "--compare", other, "--sets", 10), "--sets: '10'; accepted: a whole number from 1 to 9"),
+    ):
+        code, _, err = command(monkeypatch, capsys, *arguments)
+        assert code == 2 and message in err and err.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------- a browser
@@ -965,6 +1002,32 @@ def test_pairs_by_keyboard_and_on_a_phone(browser, run, tmp_path):
             wait(browser, "return waiting === 0 && past.length === 1")
         finally:
             browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.slow
+def test_sets_stand_in_two_grids(browser, tmp_path):
+    run, other = (
+        make_run(tmp_path / name, {"a cat": 4, "two dogs": 4}, color) for name, color in (("a", 10), ("b", 200))
+    )
+    book = ComparisonBook(FeedbackStore(run), other, size=4)
+    with served(book, labeller="Cy") as port:
+        browser.get(f"http://127.0.0.1:{port}/?token={TOKEN}")
+        wait(browser, IDLE)
+        boxes = browser.execute_script(
+            "return [...document.querySelectorAll('.card')].map((card) => [...card.querySelectorAll('img')]"
+            ".map((one) => one.getBoundingClientRect()).map((box) => [box.left, box.top, box.width, box.height]))"
+        )
+        assert [len(card) for card in boxes] == [4, 4]
+        for card in boxes:  # two by two, none over another
+            assert len({round(box[0]) for box in card}) == len({round(box[1]) for box in card}) == 2
+            assert all(min(box[2:]) >= 60 for box in card)
+        assert max(box[0] + box[2] for box in boxes[0]) < min(box[0] for box in boxes[1])
+        press(browser, "z")
+        assert browser.execute_script("return $('large').querySelectorAll('img').length") == 4
+        press(browser, "l")
+        wait(browser, IDLE)
+        rows = book.store.query("SELECT verdict, other FROM comparisons")
+        assert len(rows) == 1 and rows[0][1] == f"{other}//4"
 
 
 SIZES = ((1280, 800), (1280, 640), (390, 844), (320, 568))

@@ -26,11 +26,14 @@ from minialign.measures import (
     expected_calibration_error,
     fleiss_kappa,
     frechet_distance,
+    holm,
     measure,
     paired_interval,
     platt,
     saturation,
+    student_p,
     student_t,
+    two_thirds,
     wilson_interval,
 )
 
@@ -81,6 +84,26 @@ def test_student_t_is_the_tabled_one():
         assert student_t(freedom) == pytest.approx(tabled, abs=6e-4)
     assert student_t(2, 0.9) == pytest.approx(2.920, abs=6e-4)
     assert student_t(1, 0.5) == pytest.approx(1, abs=1e-5)  # Cauchy's quartile
+    for freedom, t in ((1, 12.706), (5, 2.571), (5, -2.571), (30, 2.042)):
+        assert student_p(t, freedom) == pytest.approx(0.05, abs=1e-4)
+    assert student_p(0, 4) == pytest.approx(1, abs=1e-5) and student_p(math.inf, 4) == 0
+
+
+def test_holm_is_closed_testing_by_bonferroni():
+    """A comparison is significant where every set that holds it has a p value small enough for the set's size."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        p = (rng.random(5) ** 4).tolist()
+        sets = [part for n in range(1, 6) for part in itertools.combinations(range(5), n)]
+        closed = [max(min(1, len(part) * min(p[j] for j in part)) for part in sets if i in part) for i in range(5)]
+        assert holm(p) == pytest.approx(closed)
+    assert holm([0.03, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04]) and holm([]) == []
+
+
+def test_a_pair_is_won_by_two_thirds_of_the_votes():
+    nine = [[1] * 6 + [-1] * 3, [1] * 5 + [0] * 4, [-1] * 7 + [0] * 2, [-1] * 5 + [1] * 4, [0] * 9]
+    assert two_thirds(torch.tensor(nine).T).tolist() == [1, 0, -1, 0, 0]
+    assert two_thirds(torch.tensor([[1, 0, -1]])).tolist() == [1, 0, -1]  # one rater decides alone
 
 
 def test_contrasts_are_those_of_the_linear_model():
@@ -101,20 +124,23 @@ def test_contrasts_are_those_of_the_linear_model():
     alone = rng.normal(size=(1, blocks)) * 100  # scatters more, and is kept out
     found = contrasts(torch.tensor(np.concatenate([y, alone])), reference=1, apart=[rows])
     assert found.pop() == pytest.approx(contrasts(torch.tensor(np.stack([y[1], alone[0]])), 0)[1])
-    for r, (difference, low, high) in enumerate(found):
+    for r, (difference, low, high, p) in enumerate(found):
         which = np.eye(design.shape[1])[r] - np.eye(design.shape[1])[1]
         half = student_t(freedom) * math.sqrt(variance * which @ inverse @ which)
         assert difference == pytest.approx(which @ solution, abs=1e-9)
         if r != 1:
             assert (high - low) / 2 == pytest.approx(half)
+            assert (p < 0.05) == (low > 0 or high < 0)
 
 
 def test_two_rows_are_the_paired_t_test():
     before, after = torch.tensor([0.40, 0.50, 0.45]).double(), torch.tensor([0.70, 0.72, 0.80]).double()
     gains = (after - before).numpy()
     half = 4.302653 * gains.std(ddof=1) / math.sqrt(3)
-    difference, low, high = contrasts(torch.stack([before, after]), 0)[1]
+    difference, low, high, p = contrasts(torch.stack([before, after]), 0)[1]
     assert [difference, low, high] == pytest.approx([gains.mean(), gains.mean() - half, gains.mean() + half], rel=1e-5)
+    t = gains.mean() / (gains.std(ddof=1) / math.sqrt(3))
+    assert p == pytest.approx(1 - t / math.sqrt(t * t + 2), rel=1e-4)  # of two degrees of freedom in closed form
 
 
 def test_area_under_curve_counts_pairs():

@@ -31,7 +31,7 @@ def test_the_table_gives_means_and_intervals_of_differences():
     assert lines[0] == "|  | aligned ↑ | diversity ↑ |"
     assert lines[3] == "| a | 72.0 % | 0.250 |"
     expected = contrasts(torch.tensor([numbers[row.cell] for row in rows]).double(), 1, [0])
-    (_, low, high), (_, down, up) = expected[0], expected[2]
+    (_, low, high, _), (_, down, up, _) = expected[0], expected[2]
     assert high < 0 and down < 0 < up  # one is carried, the other is not
     assert lines[2] == f"| no fine-tuning | 42.3 % (**{100 * low:+.1f} to {100 * high:+.1f}**) | – |"
     assert lines[4] == f"| b | 72.7 % ({100 * down:+.1f} to {100 * up:+.1f}) | 0.250 |"
@@ -59,7 +59,7 @@ def test_the_main_jobs_stand_in_one_table():
     jobs[0]["evaluation"]["readable"]["base"] = None
     jobs[1]["evaluation"]["judged"]["simulated annotator"]["fine-tuned"]["seen"]["gain_ci95"] = None
     text = categories_block(jobs)
-    (_, low, high) = contrasts(torch.tensor([[0.481] * 3, [0.70, 0.73, 0.76]]).double(), 0)[1]
+    (_, low, high, _) = contrasts(torch.tensor([[0.481] * 3, [0.70, 0.73, 0.76]]).double(), 0)[1]
     assert f"| aligned, overall | 48.1 % | 73.0 % | +24.9 ({100 * low:+.1f} to {100 * high:+.1f}) |" in text
     assert "| aligned, new objects | 35.2 % | 61.1 % | +25.9 (+25.9 to +25.9) |" in text
     assert "| Fréchet distance ↓ | 3.41 | 4.09 | +0.68 (+0.68 to +0.68) |" in text

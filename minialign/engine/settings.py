@@ -137,6 +137,8 @@ SETTINGS = tuple(
         ("test_images", ("evaluate",), 640, 64, in_range(int, 2, NOISES), "images of each model that are judged"),
         ("test_images_per_prompt", ("evaluate",), None, None, in_range(int, 1, 1000),
          "of these, images of each prompt (default: spread evenly over the prompts)"),
+        ("sets", ("evaluate",), 0, 0, in_range(int, 0, 64),
+         "compare sets of so many images of a prompt, won by two thirds of the raters; 4 in the paper; 0: none"),
         # ---------------------------------------------------------------------------------------------------- hardware
         ("dtype", TUNING, "float32", "float32", PRECISIONS, "precision of fine-tuning", {"group": "hardware"}),
         *(

@@ -30,9 +30,19 @@ from ..prompts import recognise, split, spread
 from ..reward import MODEL, load_reward, read_measured
 from ..shapes.world import GRAMMAR, WORLD
 from .judges import PEOPLE, REWARD, Judged, TestItem, distances, judge_model, reference_images
+from .sets import compared_sets
 from .tables import best_of_curves, by_group, picture, samples
 
-__all__ = ["Judged", "TestItem", "compare_models", "evaluate_run", "judge_model", "test_items", "write_results"]
+__all__ = [
+    "Judged",
+    "TestItem",
+    "compare_models",
+    "evaluate_run",
+    "images_per_prompt",
+    "judge_model",
+    "test_items",
+    "write_results",
+]
 BASE, TUNED = "base", "fine-tuned"
 WHOLE: dict[str, Any] = {"judge": "", "models": {}, "judged": {}}  # what an evaluation has at least
 LABELS = "labels of these models' images"  # as something that the evaluation is made from
@@ -58,7 +68,7 @@ def test_items(run: Run, settings: Mapping[str, Any], file: Path | None = None) 
         sides = _sides(read_prompts(file) if file is not None else own + _held_out(own, dealt), own)
     if not sides:
         raise InputError(f"{run.folder}: no prompts to compare on; accepted: a run with images, or --prompts FILE")
-    repeat = settings["test_images_per_prompt"] or 1
+    repeat = images_per_prompt(settings)
     if settings["test_images"] > NOISES:
         raise InputError(f"--test-images: {settings['test_images']}; accepted: up to {NOISES}")
     items: list[TestItem] = []
@@ -70,6 +80,16 @@ def test_items(run: Run, settings: Mapping[str, Any], file: Path | None = None) 
             for _ in range(repeat):
                 items.append(TestItem(prompt, noise_seed(seed, len(items), test=True), groups))
     return items
+
+
+def images_per_prompt(settings: Mapping[str, Any]) -> int:
+    """How many images of each prompt the test has; InputError where sets would not be whole."""
+    number = settings["test_images_per_prompt"] or settings["sets"] or 1
+    if settings["sets"] and number % settings["sets"]:
+        raise InputError(
+            f"--test-images-per-prompt: {number}; accepted with --sets {settings['sets']}: a multiple of it"
+        )
+    return int(number)
 
 
 def _stored_prompts(folder: Path) -> list[str]:
@@ -155,6 +175,7 @@ def evaluate(
         **({"reference": str(reference)} if reference is not None else {}),
         "picture": picture(sides, items),
         "best_of_n": best_of_curves(sides, items),
+        **({"sets": compared_sets(sides, items, size, clip, settings["seed"])} if (size := settings["sets"]) else {}),
         "samples": samples(sides, items, run.folder),
     }
 

@@ -1,4 +1,4 @@
-"""What the judges say, in numbers with intervals: by group of prompts, and of the best of N images; and the pictures."""
+"""What the judges and the pictures say, in numbers with intervals: by group of prompts, and of the best of N images."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -11,15 +10,15 @@ from .store import SIMULATED, FeedbackStore
 
 
 class Judgements:
-    """The labels of a store or, with `other`, the comparisons of its images with that folder's."""
+    """The labels of a store or, with `other`, the comparisons of its images with that folder's, or of sets of them."""
 
-    def __init__(self, store: FeedbackStore, other: Path | None = None):
+    def __init__(self, store: FeedbackStore, other: str | None = None):
         self.store = store
         self.table = "labels" if other is None else "comparisons"
         self.mine = "labeller = ?" if other is None else "other = ? AND labeller = ?"
         # how many judgements an image has: the simulated annotator's do not count
         self.counted = "labeller != ?" if other is None else "other = ?"
-        self.other = () if other is None else (str(other),)
+        self.other = () if other is None else (other,)
 
     def _columns(self, sql: str, given: Sequence[str] = ()) -> np.ndarray:
         """The two columns of whole numbers that a query finds, (2,N)."""

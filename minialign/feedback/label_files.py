@@ -24,7 +24,7 @@ from .store import LONGEST_NAME, VERDICTS, FeedbackStore, NewLabel, clean_name, 
 
 WORDS = {"1": "good", "0": "bad", "true": "good", "false": "bad"} | {verdict: verdict for verdict in VERDICTS}
 COLUMNS = ("prompt", "image", "label", "labeller", "time", "seed", "sha256", "settings")  # the first three are needed
-COMPARED = ("prompt", "image", "other", "verdict", "side", "labeller", "time", "seed")
+COMPARED = ("prompt", "image", "other", "verdict", "side", "labeller", "time", "seed", "images")
 TABLES = (".csv", ".tsv")
 LINES = (".jsonl", ".ndjson", ".json")
 SEPARATORS = ",;\t"
@@ -166,9 +166,15 @@ def export_labels(store: FeedbackStore, path: Path) -> int:
 
 
 def export_comparisons(store: FeedbackStore, path: Path) -> int:
-    """Write all comparisons to a file, its kind by its name; their number. `verdict` is of PREFERENCES."""
+    """Write all comparisons to a file, its kind by its name; their number. `verdict` is of PREFERENCES.
+
+    `images` is the size of the sets that were compared, 1 for single images; the first image stands for a set.
+    """
     place = _Places(store.folder, path)
-    rows = ((row[0], place(row[1]), place(row[2]), *row[3:]) for row in store.comparison_rows())
+    rows = (
+        (row[0], place(row[1]), place(row[2]), *row[3:-1], int(row[-1].partition("//")[2] or 1))
+        for row in store.comparison_rows()
+    )
     return _write_rows(path, COMPARED, rows)
 
 

@@ -250,8 +250,11 @@ class FeedbackStore:
                 )
             return db.total_changes - before
 
-    def add_comparison(self, labeller: str, image: int, other: Path, path: Path, verdict: str, side: str) -> None:
-        """Which of two images of a prompt is better: the run's `image`, shown on `side`, or `path` of `other`."""
+    def add_comparison(self, labeller: str, image: int, other: Path | str, path: Path, verdict: str, side: str) -> None:
+        """Which of two images of a prompt is better: the run's `image`, shown on `side`, or `path` of `other`.
+
+        Of two sets of images each is known by its first one; `other` then ends in // and their size.
+        """
         told = _one_of(PREFERENCES, verdict), _one_of(("left", "right"), side)
         with self.transaction() as db:
             where = "comparisons WHERE other = ? AND labeller = ?)"
@@ -337,10 +340,10 @@ class FeedbackStore:
         )
 
     def comparison_rows(self) -> list[tuple[Any, ...]]:
-        """(prompt, path, other path, verdict, side, labeller, time, seed) of every comparison."""
+        """(prompt, path, other path, verdict, side, labeller, time, seed, other) of every comparison."""
         return self.query(
             """SELECT text, CAST(images.path AS TEXT), CAST(comparisons.path AS TEXT), verdict, side, labeller, time,
-                      seed
+                      seed, other
                FROM comparisons JOIN images ON images.id = image JOIN prompts ON prompts.id = prompt
                ORDER BY image, other, labeller"""
         )

@@ -21,7 +21,7 @@ from ..engine.commands import Parser, run_command
 from ..engine.processes import gathered, is_main_process, pick_device, process_group, say
 from ..engine.run import DIGEST, Run, opened
 from ..engine.settings import STAGES, add_flags, add_run_flags, defaults, given
-from ..evaluate import evaluate_run, test_items, write_results
+from ..evaluate import evaluate_run, images_per_prompt, test_items, write_results
 from ..feedback import FeedbackStore, read_labels
 from ..files import InputError, atomic
 from ..generate import check_sampling, generate_images, load_model, per_prompt, planned, sampler
@@ -88,6 +88,7 @@ def main_job(
 
 def check_settings(settings: dict[str, Any], flags: dict[str, Any]) -> None:
     """InputError for what would fail in a later stage only."""
+    images_per_prompt(settings)
     beta = settings["beta"]
     split_rows(settings["batch_size"], settings["pretrain_fraction"], beta, settings["accumulate"])
     if settings["weighting"] == "reward" and "tau" in flags:

@@ -71,9 +71,9 @@ def sample_step(
     """Sample everything random of a step, counted from 0; the same for the same arguments, whatever came before.
 
     rows: the numbers M of model images and P of pre-training pairs in a step (`split_rows`). Pairs come in a random
-    order, each once an epoch. timesteps: their number in the noise schedule. image_sampling: one of SAMPLINGS, how model
-    images are sampled. prompt_dropout: probability of the empty prompt (Ho & Salimans 2022, algorithm 1). noise_offset:
-    standard deviation of what is added to all of a channel's noise (Guttenberg 2023).
+    order, each once an epoch. timesteps: their number in the noise schedule. image_sampling: how model images are
+    sampled, one of SAMPLINGS. prompt_dropout: probability of the empty prompt (Ho & Salimans 2022, algorithm 1).
+    noise_offset: standard deviation of what is added to all of a channel's noise (Guttenberg 2023).
     """
     g = generator(seed, 5, step)
     (model_rows, pair_rows), batch = rows, sum(rows)

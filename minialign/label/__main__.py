@@ -32,7 +32,7 @@ from ..feedback import (
 )
 from ..files import InputError, read_bytes
 from .book import LabelBook, number, summary
-from .comparison import ComparisonBook, compared
+from .comparison import LARGEST_SET, ComparisonBook, compared
 from .server import Server
 
 TOKEN = "MINIALIGN_TOKEN"  # the environment variable; a command line can be read by every user of a machine
@@ -70,6 +70,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("run", type=Path, metavar="RUN", help="a run's folder: feedback.sqlite and the images it names")
     other = "another run, or a folder of images of the same names: show two images of a prompt, blind; which is better?"
     add("--compare", type=Path, metavar="OTHER", help=other)
+    sets = "with --compare: sets of N images of a prompt in place of single ones; 4 in the paper (default: 1)"
+    add("--sets", type=in_range(int, 1, LARGEST_SET), default=1, metavar="N", help=sets)
     add("--labeller", type=_name, help="who labels (default: the page asks)")
     guide = "instructions for labellers, shown as plain text on the first page and under Help"
     add("--guide", type=Path, metavar="FILE.md", help=guide)
@@ -107,6 +109,8 @@ def main() -> None:
     if args.annotator:
         annotate(args)
         return
+    if args.sets > 1 and args.compare is None:
+        raise InputError(f"--sets {args.sets}: of what is compared; accepted with --compare OTHER")
     for flag, folder in (("--compare", args.compare), ("--images", args.images)):
         if folder is not None and not folder.is_dir():
             raise InputError(f"{flag} {folder}: not a folder")
@@ -116,7 +120,7 @@ def main() -> None:
     if not (args.run / "feedback.sqlite").is_file():
         raise InputError(f"{args.run}: no feedback.sqlite in it; accepted: a run's folder (--import FILE begins one)")
     if args.summary:
-        print("\n".join(summary(args.run) if args.compare is None else compared(args.run, args.compare)))
+        print("\n".join(ended(args)))
         return
     store = FeedbackStore(args.run, read_only=args.export is not None)
     try:
@@ -165,9 +169,12 @@ def serve(store: FeedbackStore, args: argparse.Namespace) -> None:
     """Serve the page until Ctrl+C; then say what there is."""
     token, guide = given_token(args.token_file), read_text(args.guide, "--guide") if args.guide else ""
     enough, roots = args.labels_per_image, [args.images] if args.images else []
-    book = LabelBook(store, roots, enough) if args.compare is None else ComparisonBook(store, args.compare, enough)
+    if args.compare is None:
+        book, what = LabelBook(store, roots, enough), "no images"
+    else:
+        book = ComparisonBook(store, args.compare, enough, args.sets)
+        what = f"no {'image' if args.sets == 1 else f'{args.sets} images'} of a prompt that is in {args.compare} too"
     if not len(book.ids):
-        what = "no images" if args.compare is None else f"no image of a prompt that is in {args.compare} too"
         raise InputError(f"{args.run}: its store holds {what}")
     how = {"labeller": args.labeller, "guide": guide, "origin": args.origin}
     try:
@@ -188,7 +195,12 @@ def serve(store: FeedbackStore, args: argparse.Namespace) -> None:
             server.serve_forever()
         except KeyboardInterrupt:
             print()
-    print("\n".join(summary(args.run) if args.compare is None else compared(args.run, args.compare)))
+    print("\n".join(ended(args)))
+
+
+def ended(args: argparse.Namespace) -> list[str]:
+    """What a run's store holds by now, in lines."""
+    return summary(args.run) if args.compare is None else compared(args.run, args.compare, args.sets)
 
 
 if __name__ == "__main__":

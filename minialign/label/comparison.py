@@ -1,48 +1,62 @@
-"""What the labelling page shows and saves with --compare: two images of a prompt, blind, the better one or a tie."""
+"""What the labelling page shows and saves with --compare: two images of a prompt, blind, the better one or a tie.
+
+With --sets N two sets of N images of a prompt, as in the paper (Lee et al. 2023, section 4).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..feedback import PREFERENCES, FeedbackStore, StoredImage
 from ..feedback.judgements import Judgements
-from ..measures import wilson_interval
+from ..measures import two_thirds, wilson_interval
 from .book import LabelBook, Refused, number
+
+LARGEST_SET = 9  # images of a set, so that each can be seen
 
 
 class ComparisonBook(LabelBook):
-    """Comparisons of a run's images with another's of the same prompts.
+    """Comparisons of a run's images, or of sets of `size` of them, with another's of the same prompts.
 
-    An image of the run stands left or right by a hash of its id and the other folder, so it stands there again after a
-    reload; the page and the addresses of the images do not say which is whose.
+    A set is known by its first image. The run's own stands left or right by a hash of that image's id and the other
+    folder, so it stands there again after a reload; the page and the addresses of the images do not say which is whose.
     """
 
     mode, verdicts = "compare", ("left", "right", "tie")
 
-    def __init__(self, store: FeedbackStore, other: Path, enough: int | None = None):
-        self.other = other.resolve()
-        super().__init__(store, [self.other], enough)
+    def __init__(self, store: FeedbackStore, other: Path, enough: int | None = None, size: int = 1):
+        self.folder, self.other, self.size = other.resolve(), compared_with(other, size), size
+        super().__init__(store, [self.folder], enough)
 
     def kept(self) -> Judgements:
         return Judgements(self.store, self.other)
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
-        self.pairs = match(self.store, self.other)
-        ids = np.array(sorted(self.pairs), np.int64)
+        self.pairs = match(self.store, self.folder)
+        prompts: dict[str, list[int]] = {}
+        for image in self.store.images():
+            if image.id in self.pairs:
+                prompts.setdefault(image.prompt, []).append(image.id)
+        whole = [same[k : k + self.size] for same in prompts.values() for k in range(0, len(same), self.size)]
+        self.sets = {same[0]: same for same in whole if len(same) == self.size}
+        self.first = {image: first for first, same in self.sets.items() for image in same}
+        ids = np.array(sorted(self.sets), np.int64)
         return ids, np.arange(len(ids))
 
     def side(self, image: int) -> str:
         """Where the run's own image stands."""
-        told = hashlib.sha256(f"{image}\0{self.other}".encode()).digest()
+        told = hashlib.sha256(f"{self.first[image]}\0{self.other}".encode()).digest()
         return ("left", "right")[told[0] & 1]
 
     def addresses(self, image: int) -> list[str]:
-        return [f"image/{image}/left", f"image/{image}/right"]
+        return [f"image/{one}/{side}" for side in ("left", "right") for one in self.sets[image]]
 
     def write(self, labeller: str, image: int, verdict: str) -> None:
         side = self.side(image)
@@ -59,7 +73,7 @@ class ComparisonBook(LabelBook):
         return {image: (shown(image, verdict), time) for image, (verdict, time) in found.items()}
 
     def picture(self, image: int, side: str | None) -> tuple[str, bytes]:
-        if side is None or image not in self.pairs:
+        if side is None or image not in self.first:
             raise Refused(404, "no such image")
         try:
             return super().picture(image, None) if side == self.side(image) else self.read(self.pairs[image], None)
@@ -67,17 +81,28 @@ class ComparisonBook(LabelBook):
             raise Refused(error.status, "the image cannot be shown") from error  # its name would tell whose it is
 
     def told(self, labeller: str | None) -> list[str]:
-        return compared(self.store.folder, self.other) if self.finished(labeller) else []
+        return compared(self.store.folder, self.folder, self.size) if self.finished(labeller) else []
 
 
-def compared(folder: Path, other: Path) -> list[str]:
-    """How the comparisons of a run with another ended, in lines."""
+def compared_with(other: Path, size: int = 1) -> str:
+    """What the store keeps as the other side of comparisons: the folder, and of sets their size, which no path ends in.
+
+    Votes on sets of one size are kept apart from those on another and on single images.
+    """
+    return f"{other.resolve()}" + f"//{size}" * (size > 1)
+
+
+def compared(folder: Path, other: Path, size: int = 1) -> list[str]:
+    """How the comparisons of a run with another ended, in lines. Of sets each is won by two thirds of its votes."""
     store = FeedbackStore(folder, read_only=True)
     try:
-        query = "SELECT verdict, COUNT(*) FROM comparisons WHERE other = ? GROUP BY verdict"
-        counts = dict.fromkeys(PREFERENCES, 0) | dict(store.query(query, (str(other.resolve()),)))
+        query = "SELECT image, verdict FROM comparisons WHERE other = ? ORDER BY image"
+        rows = store.query(query, (compared_with(other, size),))
     finally:
         store.close()
+    if size > 1:
+        return _sets_compared(folder, other.resolve(), size, rows)
+    counts = dict.fromkeys(PREFERENCES, 0) | Counter(verdict for _, verdict in rows)
     wins, decided = counts["this"], counts["this"] + counts["other"]
     if not decided:
         return [f"Nothing decided yet; {number(counts['tie'], 'tie')}"]
@@ -86,6 +111,20 @@ def compared(folder: Path, other: Path) -> list[str]:
         f"{folder} wins {wins / decided:.0%} of {number(decided, 'decided comparison')} "
         f"with {other.resolve()} (95 % interval {low:.0%} to {high:.0%})",
         f"{wins:,} won, {counts['other']:,} lost, {number(counts['tie'], 'tie')}",
+    ]
+
+
+def _sets_compared(folder: Path, other: Path, size: int, rows: Sequence[tuple[int, str]]) -> list[str]:
+    votes: dict[int, list[int]] = {}
+    for image, verdict in rows:
+        votes.setdefault(image, []).append({"this": 1, "other": -1, "tie": 0}[verdict])
+    if not votes:
+        return [f"No sets of {size} compared yet"]
+    counts = Counter(int(two_thirds(torch.tensor(of_one)[:, None])) for of_one in votes.values())
+    ends = ", ".join(f"{counts[k] / len(votes):.0%} {name}" for k, name in ((1, "won"), (0, "tied"), (-1, "lost")))
+    return [
+        f"{folder} against {other}, sets of {size} images of a prompt: {ends} of {number(len(votes), 'set')}",
+        f"{number(len(rows), 'vote')}; a set is won or lost by two thirds of its votes",
     ]
 
 

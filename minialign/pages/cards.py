@@ -95,9 +95,23 @@ def comparison(evaluation: Mapping[str, Any]) -> str:
                 values = {name: curve["value"][i] for name, curve in curves.items()}
                 cells = {name: number(values.get(name), is_fraction(judge)) for name in models}
                 lines.append(_line(f"  N = {i + 1}", cells))
+    lines += _sets(evaluation.get("sets", {}))
     if evaluation.get("reference"):
         lines += ["", f"(distances are to {evaluation['reference']})"]
     return "\n".join(lines)
+
+
+def _sets(sets: Mapping[str, Any]) -> list[str]:
+    """What raters say of sets of images, each model's against the first's."""
+    lines = []
+    for kind, raters in sets.get("compared", {}).items():
+        lines += ["", f"{kind} of sets of {sets['size']} images of a prompt, against the first model's"]
+        for rater, models in raters.items():
+            for name, groups in models.items():
+                one = groups["overall"]
+                ends = ", ".join(f"{outcome} {number(one[outcome], True)}" for outcome in ("won", "tied", "lost"))
+                lines.append(f"  {name}, by {rater}: {ends} of {one['n']:,}")
+    return lines
 
 
 def _judged(table: Mapping[str, Mapping[str, Any]], judge: str, models: Sequence[str]) -> list[str]:

@@ -104,7 +104,7 @@ def spans(numbers: Tensor, rows: Sequence[Row], reference: int) -> list[tuple[fl
     if numbers.isnan().any():
         return [(math.nan, math.nan)] * len(rows)
     apart = [i for i, row in enumerate(rows) if row.apart]
-    return [(low, high) for _, low, high in contrasts(numbers, reference, apart)]
+    return [(low, high) for _, low, high, _ in contrasts(numbers, reference, apart)]
 
 
 def table(question: Question, rows: Sequence[Row], metrics: Sequence[str], found: Results, seeds: Sequence[int]) -> str:
@@ -179,7 +179,7 @@ def categories_block(jobs: Sequence[dict[str, Any]]) -> str:
     rows.append((METRICS["mean_reward"].title, torch.tensor(rewards).double().T, "mean_reward"))
     for label, both, metric in rows:
         if not both.isnan().any():
-            gain, low, high = (formatted(x, metric, True) for x in contrasts(both, 0)[1])
+            gain, low, high = (formatted(x, metric, True) for x in contrasts(both, 0)[1][:3])
             base, tuned = (formatted(mean, metric) for mean in both.mean(1).tolist())
             lines.append(f"| {label} | {base} | {tuned} | {gain} ({low} to {high}) |")
     lines += ["", "![Base and fine-tuned model by group of prompts](study-categories.png)", ""]

@@ -14,7 +14,7 @@ const MODES = {
   },
   compare: {
     ask: "Which shows what the prompt says better?",
-    guide: "Choose the image that shows what the prompt asks for better. Tie: neither is better.",
+    guide: "Choose the side that shows what the prompt asks for better. Tie: neither is better.",
     verdicts: [
       { value: "left", name: "Left", sign: "", keys: ["arrowleft", "l"], shown: "←" },
       { value: "tie", name: "Tie", sign: "", keys: ["arrowdown", "t"], shown: "↓" },
@@ -154,12 +154,18 @@ async function show(one, place) {
   coming = coming.filter((other) => other !== one);
   ahead = ahead.filter((other) => other !== one);
   item = one;
-  item.shown = await load(one);
+  item.shown = seen(await load(one));
   const open = slots().findIndex((slot) => slot.verdict === null);
   at = place ?? (mode === "label" ? Math.max(open, 0) : 0);
   turn("work");
   draw();
   say(`${item.prompt}. ${where()}`);
+}
+
+// What is judged as one: each image, or in a comparison each side's, which may be a set of them.
+function seen(pictures) {
+  const size = mode === "label" ? 1 : pictures.length / 2;
+  return Array.from({ length: pictures.length / size }, (_, i) => pictures.slice(i * size, (i + 1) * size));
 }
 
 async function finish() {
@@ -197,8 +203,8 @@ function judge(value) {
   if (!item || moving || waiting >= Math.max(1, slots().filter((one) => one.verdict === null).length)) return;
   act(async () => {
     const one = slot(), before = one.verdict, mine = item;
-    const seen = mode === "label" ? [item.shown[at]] : item.shown;
-    if (value !== "skip" && seen.some((picture) => picture.error)) {
+    const judged = mode === "label" ? item.shown[at] : item.shown.flat();
+    if (value !== "skip" && judged.some((picture) => picture.error)) {
       throw new Error(mode === "label" ? "The image cannot be shown: skip it." : "An image cannot be shown: go forward.");
     }
     await save(one, value);
@@ -326,7 +332,13 @@ function duration(minutes) {
   return minutes < 90 ? `${Math.round(minutes)} min` : `${Math.round(minutes / 60)} h`;
 }
 
-function picture(one, alt) {
+function picture(side, alt) {
+  if (side.length > 1) {
+    const set = Object.assign(document.createElement("span"), { className: `set${side.length > 4 ? " many" : ""}` });
+    set.append(...side.map((one, i) => picture([one], `${alt} ${i + 1}`)));
+    return set;
+  }
+  const [one] = side;
   if (one.error) return Object.assign(document.createElement("span"), { className: "gone", textContent: one.error });
   return Object.assign(document.createElement("img"), { src: one.url, alt, className: one.small ? "small" : "", draggable: false });
 }
@@ -354,7 +366,7 @@ function draw() {
     $("work").classList.toggle("long", item.prompt.length > 100);
     $("prompt").tabIndex = $("prompt").scrollHeight > $("prompt").clientHeight ? 0 : -1; // scrolled by keys, too
   }
-  const names = item.shown.map((_, i) => (mode === "label" ? `Image ${i + 1} of ${item.shown.length}` : ["Left image", "Right image"][i]));
+  const names = item.shown.map((_, i) => (mode === "label" ? `Image ${i + 1} of ${item.shown.length}` : ["Left", "Right"][i] + (item.shown[i].length > 1 ? " images" : " image")));
   const held = document.activeElement?.classList.contains("card");
   $("cards").className = `of-${item.shown.length}`;
   $("cards").replaceChildren(...item.shown.map((one, i) => {
@@ -395,7 +407,7 @@ function dress() {
     return button;
   }));
   const keys = told.verdicts.map((verdict) => [verdict.shown, verdict.name]);
-  keys.push(...(mode === "label" ? [["← →", "choose an image (or 1 2 3)"]] : [["1 2", "choose the image to zoom"]]));
+  keys.push(...(mode === "label" ? [["← →", "choose an image (or 1 2 3)"]] : [["1 2", "choose the side to zoom"]]));
   keys.push(["U", "undo the last verdict"], ["P", "back to the item before"], ["N", "forward; what is left unjudged comes back later"]);
   keys.push(["Z", mode === "label" ? "zoom in and out" : "zoom in and out; there ← → move, and L T R judge"], ["?", "this help"]);
   $("list").replaceChildren(...keys.flatMap(([key, does]) => {

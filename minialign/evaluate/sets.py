@@ -1,0 +1,110 @@
+"""Sets of images of a prompt, compared as the paper does (Lee et al. 2023, section 4): two thirds of the raters decide.
+
+In the embedded world a rater is the simulated annotator, or a copy of it that errs at random. Alignment: the set with
+more good images is better. Fidelity: the one with more clean images (`clean`) is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import open_image
+from ..engine.optimising import generator
+from ..feedback import SIMULATED
+from ..measures import two_thirds
+from ..models.clip import CLIP
+from ..models.reward import embed_images
+from ..shapes.world import shown
+from .judges import PEOPLE, Judged, TestItem
+
+RATERS, WRONG = 9, 0.1  # nine as in the paper; each errs on an image with this probability
+NOISY = "nine noisy copies"
+OUTCOMES = {"won": 1, "tied": 0, "lost": -1}
+DRAWN, NEAREST = 4, 0.95  # see `clean`
+
+
+def outcomes(ours: Tensor, theirs: Tensor, raters: int = 1, wrong: float = 0.0, seed: int = 0) -> Tensor:
+    """Which of two sets of S images the raters prefer, for each of P prompts: 1 ours, -1 theirs, 0 neither; (P,).
+
+    ours, theirs (P,S): 1 for a good image and 0 for another. Each rater takes each image for the opposite with
+    probability `wrong`, and prefers the set with more good images; two thirds of them decide.
+    """
+    g = generator(seed, 9)
+    seen = [
+        torch.where(torch.rand(raters, *side.shape, generator=g) < wrong, 1 - side, side).sum(-1)
+        for side in (ours, theirs)
+    ]
+    return two_thirds((seen[0] - seen[1]).sign())
+
+
+def rated(ours: Tensor, theirs: Tensor, seed: int) -> dict[str, Tensor]:
+    """`outcomes` by the annotator alone, and by nine noisy copies of it."""
+    return {SIMULATED: outcomes(ours, theirs), NOISY: outcomes(ours, theirs, RATERS, WRONG, seed)}
+
+
+def told(found: Tensor) -> dict[str, Any]:
+    """Outcomes (P,) in numbers: the fractions of the prompts, and their number."""
+    return {name: float((found == value).double().mean()) for name, value in OUTCOMES.items()} | {"n": len(found)}
+
+
+def clean(side: Judged, clip: CLIP, seed: int) -> list[float]:
+    """1 for an image that looks like a fresh drawing of what it shows, 0 for another and for one that is unreadable.
+
+    It looks like one where its CLIP feature is as near to those of fresh drawings of what it shows as 19 of 20 of these
+    drawings are to one another.
+    """
+    pictures = [open_image(path) for path in side.paths]
+    again = [shown(pictures, 1000 * seed + k) for k in range(DRAWN)]
+    readable = [i for i, image in enumerate(again[0]) if image is not None]
+    if not readable:
+        return [0.0] * len(pictures)
+    drawn = torch.stack([embed_images(clip, [image for image in one if image is not None]) for one in again])
+    unit = torch.nn.functional.normalize(drawn, dim=-1)
+    others = unit.sum(0) - unit  # (K,R,E): of each drawing the others
+    least = torch.cosine_similarity(unit, others, dim=-1).flatten().quantile(1 - NEAREST)
+    near = torch.cosine_similarity(side.features[readable].to(unit.device), others[0], dim=-1) >= least
+    found = [0.0] * len(pictures)
+    for i, one in zip(readable, near.tolist()):
+        found[i] = float(one)
+    return found
+
+
+def rows_of_sets(items: Sequence[TestItem], size: int) -> list[list[int]]:
+    """The rows of each set: `size` images of one prompt in the order of the items; incomplete sets are left out."""
+    rows: dict[str, list[int]] = {}
+    for i, item in enumerate(items):
+        rows.setdefault(item.prompt, []).append(i)
+    return [same[k : k + size] for same in rows.values() for k in range(0, len(same) - size + 1, size)]
+
+
+def compared_sets(
+    sides: Sequence[Judged], items: Sequence[TestItem], size: int, clip: CLIP, seed: int
+) -> dict[str, Any]:
+    """Each model's sets against the first's: alignment or fidelity -> rater -> model -> group -> `told`."""
+    sets = rows_of_sets(items, size)
+    values: dict[tuple[str, str], Sequence[Sequence[float | None] | None]]
+    values = {("alignment", name): [side.values.get(name) for side in sides] for name in (SIMULATED, PEOPLE)}
+    if all(SIMULATED in side.values for side in sides):
+        values["fidelity", SIMULATED] = [clean(side, clip, seed) for side in sides]
+    groups = ["overall", *dict.fromkeys(name for item in items for name in item.groups)]
+    found: dict[str, Any] = {}
+    for (kind, rater), (base, *others) in values.items():
+        for side, mine in zip(sides[1:], others):
+            if base is None or mine is None:
+                continue
+            whole = [rows for rows in sets if all(None not in (base[i], mine[i]) for i in rows)]
+            if not whole:
+                continue
+            ours, theirs = (torch.tensor([[one[i] for i in rows] for rows in whole]) for one in (mine, base))
+            said = rated(ours, theirs, seed) if rater == SIMULATED else {rater: outcomes(ours, theirs)}
+            for name, result in said.items():
+                table = found.setdefault(kind, {}).setdefault(name, {}).setdefault(side.name, {})
+                for group in groups:
+                    of = [k for k, rows in enumerate(whole) if group in ("overall", *items[rows[0]].groups)]
+                    if of:
+                        table[group] = told(result[of])
+    return {"size": size, "compared": found}
