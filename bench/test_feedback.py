@@ -13,7 +13,8 @@ from minialign.label.book import LabelBook
 
 NUMBERS = "WITH RECURSIVE n (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i + 1 < {images})"
 # spread over the file as people's labels are, not in the images' order: 700,001 is prime to the numbers of images
-LABELS = """INSERT INTO labels SELECT 1 + i * 700001 % {images}, '{name}',
+LABELS = """INSERT INTO labels (image, labeller, verdict, time) SELECT
+            1 + i * 700001 % {images}, '{name}',
             CASE i * 7919 % 10 WHEN 0 THEN 'skip' WHEN 1 THEN 'bad' WHEN {odd} THEN 'bad' ELSE 'good' END,
             strftime('%Y-%m-%dT%H:%M:%fZ', 1.7e9 + i * 4, 'unixepoch') FROM n WHERE i < {images} - {left}"""
 PEOPLE = {"ann": 1000, "bob": 0, "cy": 0}  # how many images each has left

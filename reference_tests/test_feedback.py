@@ -54,7 +54,7 @@ def test_labels_are_kept_and_counted_by_majority(tmp_path):
 def test_threads_that_open_a_new_store_at_once_make_one(tmp_path):
     with ThreadPoolExecutor(4) as pool:  # whoever is first
         for store in pool.map(lambda _: FeedbackStore(tmp_path), range(4)):
-            assert store.query("PRAGMA user_version") == [(3,)] and store.images() == []
+            assert store.query("PRAGMA user_version") == [(4,)] and store.images() == []
             store.close()
 
 
@@ -68,8 +68,8 @@ def altered(tmp_path, *statements):
 @pytest.mark.parametrize(
     ("statements", "message"),
     [
-        (["PRAGMA user_version=2"], "schema version 2; accepted: 3"),
-        (["PRAGMA user_version=0"], "schema version 0; accepted: 3"),
+        (["PRAGMA user_version=2"], "schema version 2; accepted: 4"),
+        (["PRAGMA user_version=0"], "schema version 0; accepted: 4"),
         (["CREATE TRIGGER t BEFORE INSERT ON labels BEGIN SELECT RAISE(IGNORE); END"], "holds 'trigger t'"),
         (["CREATE VIEW v AS SELECT * FROM labels"], "holds 'view v'"),
         (["DROP TABLE labels", "CREATE VIEW labels AS SELECT 1 AS image, 'a' AS labeller"], "holds 'view labels'"),
@@ -91,11 +91,11 @@ def test_sql_of_strangers_does_not_run(tmp_path):
     assert store.query("PRAGMA trusted_schema") == [(0,)] and store.query("PRAGMA foreign_keys") == [(1,)]
     store.add_images([("a", "0.png", 1), ("b", "1.png", 1)])
     store.database.execute("UPDATE images SET path = x'ff00' WHERE id = 1")
-    store.database.execute("INSERT INTO labels VALUES (2, 'a', 'excellent', 'x'), (2, 'b', 'good', 'x')")
+    store.database.execute("INSERT INTO labels VALUES (2, 'a', 'excellent', 'x', NULL), (2, 'b', 'good', 'x', NULL)")
     assert store.labels() == {2: 1.0}  # what is no verdict does not count
     for look in (store.images, store.agreement, partial(export_labels, store, tmp_path / "out.csv")):
         with pytest.raises(InputError) if look is not store.agreement else pytest.raises(InputError, match="none of"):
-            store.database.execute("INSERT OR REPLACE INTO labels VALUES (1, 'a', 'good', 'x')")
+            store.database.execute("INSERT OR REPLACE INTO labels VALUES (1, 'a', 'good', 'x', NULL)")
             look()
     assert not (tmp_path / "out.csv").exists()
     store.close()
@@ -132,7 +132,7 @@ def test_a_store_that_another_program_holds_is_one_line(tmp_path):
         for write in (
             partial(store.add_images, [("b", "1.png", 1)]),
             partial(store.add_labels, "ann", [(1, "good")]),
-            partial(store.merge_labels, [NewLabel("a", "0.png", 1, "ann", "good", None)]),
+            partial(store.merge, [NewLabel("a", "0.png", 1, "ann", "good", None)]),
             partial(store.add_comparison, "ann", 1, tmp_path, tmp_path / "0.png", "tie", "left"),
         ):
             with pytest.raises(StoreError, match="another program holds it") as error:
@@ -300,7 +300,10 @@ def test_files_of_labels_are_read(images, kind):
     [
         ("prompt,image,label\na,0.png,bad\n", "none of its 1 images is labelled good"),
         ("prompt,image,label\na,0.png,good\na,0.png,bad\n", "none of its 2 images is labelled good"),
-        ("prompt,image,label\na,0.png,fine\n", "line 2: label 'fine'; accepted: 1, 0, true, false, good, bad, skip"),
+        (
+            "prompt,image,label\na,0.png,fine\n",
+            "line 2: label 'fine'; accepted: 1, 0, true, false, yes, no, good, bad",
+        ),
         (
             "prompt,picture,label\na,0.png,good\n",
             "no column 'image'; columns needed: prompt, image, label; found: prompt, pict",
@@ -356,7 +359,10 @@ def test_bad_label_files_are_named(images, text, message):
         ),
         ('{"prompt": ["a"], "image": "0.png", "label": 1}', "line 2: prompt ['a']; accepted: text"),
         ('{"prompt": "a", "image": 1, "label": 1}', "line 2: image 1; accepted: text"),
-        ('{"prompt": "a", "image": "0.png", "label": ["good"]}', "line 2: label ['good']; accepted: 1, 0"),
+        ('{"prompt": "a", "image": "0.png", "label": ["good", "fine"]}', "line 2: label 'fine'; accepted: 1, 0"),
+        ('{"prompt": "a", "image": "0.png", "label": [["good"]]}', "line 2: label ['good']; accepted: 1, 0"),
+        ('{"prompt": "a", "image": "0.png", "label": []}', "line 2: label []; accepted: a list"),
+        ('{"prompt": "a", "image": "0.png", "label": "good", "label": "bad"}', "line 2: not JSON ('label' is there"),
         ('{"prompt": "a", "picture": "0.png", "label": 1}', "found: prompt, picture, label"),
         ('{"prompt": "a", "image": "0.png", "label": 1, "seed": %s}' % ("9" * 5000), "line 2: not JSON"),
         ('"a"', "line 2: a JSON object is needed"),
@@ -373,17 +379,24 @@ def test_bad_lines_are_named(images, line, message):
 
 
 @pytest.mark.parametrize("indent", [None, 1])
-@pytest.mark.parametrize("kind", ["array", "object"])
-def test_one_json_value_is_called_so(tmp_path, kind, indent):
+def test_one_json_array_is_rows_and_one_object_is_told(tmp_path, indent):
     path = tmp_path / "p.json"
     rows = [{"prompt": "a"}, {"prompt": "b"}]
-    path.write_text(json.dumps(rows if kind == "array" else {"rows": rows}, indent=indent))
-    with pytest.raises(InputError) as error:
+    path.write_text(json.dumps(rows, indent=indent))
+    assert read_prompts(path) == ["a", "b"]
+    for content, message in (
+        ({"rows": rows}, "line 1: no 'prompt'; columns needed: prompt; found: rows" if indent is None else
+         f"{path}: is one JSON object, and not of objects; accepted: one JSON object per line, one array of objects"),
+        ([{"prompt": "a"}, "b"], f"{path}, row 2: a JSON object is needed"),
+        ([{"prompt": "a"}, {"prompt": None}], f"{path}, row 2: no 'prompt'"),
+    ):  # fmt: skip
+        path.write_text(json.dumps(content, indent=indent))
+        with pytest.raises(InputError) as error:
+            read_prompts(path)
+        assert message in str(error.value) and "\n" not in str(error.value)
+    path.write_text('{\n"a": {"prompt": "a"},\n"b": {"prompt" "b"}}')
+    with pytest.raises(InputError, match="not JSON .*line 3"):
         read_prompts(path)
-    if kind == "object" and indent is None:  # a line that is an object
-        assert "line 1: no 'prompt'; columns needed: prompt; found: rows" in str(error.value)
-    else:
-        assert str(error.value) == f"{path}: is one JSON {kind}; accepted: JSON lines, one object per line"
 
 
 HEADERS = {"csv": ",", "CSV": ";", "tsv": "\t", "csv ": "\t"}
@@ -440,7 +453,7 @@ def test_the_later_line_of_a_labeller_is_the_later_verdict(images, times):
     found = {(prompt, image.name): verdict for prompt, image, verdict in read_feedback(path)}
     assert found["a", "0.png"] == "bad" and len(read_feedback(path)) == 32  # what finetune --feedback counts
     store = FeedbackStore(images)
-    assert import_labels(store, path) == 32
+    assert import_labels(store, path) == (32, 0)
     assert [row[3] for row in everything(store) if row[0] == "a"] == ["ann"] and store.labels()[1] == 0.0
     store.close()
 
@@ -451,9 +464,9 @@ def test_a_verdict_that_is_corrected_in_an_export_is_taken(images):
     store.add_labels("ann", [(1, "good")])
     path = images / "labels.csv"
     export_labels(store, path)
-    assert import_labels(store, path) == 0
+    assert import_labels(store, path) == (0, 0)
     path.write_text(path.read_text().replace(",good,", ",bad,"))  # by hand; its time is the same
-    assert import_labels(store, path) == 1 and store.labels() == {1: 0.0}
+    assert import_labels(store, path) == (1, 0) and store.labels() == {1: 0.0}
     store.close()
 
 
@@ -473,7 +486,7 @@ def test_a_failed_import_leaves_nothing(images, monkeypatch):
     assert not run.parent.exists()
     path.write_text("prompt,image,label\na,0.png,good\n")
     with monkeypatch.context() as change:
-        change.setattr(FeedbackStore, "merge_labels", lambda *given: 1 / 0)
+        change.setattr(FeedbackStore, "merge", lambda *given: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             import_into_run(run, path)
         (images / "mine").mkdir()
@@ -481,9 +494,9 @@ def test_a_failed_import_leaves_nothing(images, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             import_into_run(images / "mine", path)
     assert not run.exists() and [file.name for file in (images / "mine").iterdir()] == ["thesis.txt"]
-    assert import_into_run(run, path) == 1
+    assert import_into_run(run, path) == (1, 0)
     with monkeypatch.context() as change, pytest.raises(ZeroDivisionError):
-        change.setattr(FeedbackStore, "merge_labels", lambda *given: 1 / 0)
+        change.setattr(FeedbackStore, "merge", lambda *given: 1 / 0)
         import_into_run(run, path)
     assert (run / "feedback.sqlite").exists()  # which was there before
     with pytest.raises(InputError, match="cannot be used as a run"):
@@ -547,15 +560,15 @@ def test_labels_go_out_and_in(images, kind):
     verdicts = [("a cat", run / "images/0.png", "good"), ("a cat", run / "images/0.png", "bad")]
     assert read_feedback(path)[:2] == verdicts  # what finetune reads
     again = FeedbackStore(images / "sub")
-    assert import_labels(again, path) == 5
+    assert import_labels(again, path) == (5, 0)
     there = [(prompt, os.path.join(run, path), *rest) for prompt, path, *rest in everything(store)]
     assert [tuple(row) for row in everything(again)] == there
-    assert import_labels(again, path) == 0 == import_labels(store, path)  # nothing new
+    assert import_labels(again, path) == (0, 0) == import_labels(store, path)  # nothing new
     before = everything(store)
     store.add_labels("bob", [(1, "good")])  # later than the file's, which does not take its place
-    assert import_labels(store, path) == 0 and everything(store) != before
+    assert import_labels(store, path) == (0, 0) and everything(store) != before
     store.database.execute("UPDATE labels SET time = '2020-01-01T00:00:00.000Z'")
-    assert import_labels(store, path) == 5 and everything(store) == before
+    assert import_labels(store, path) == (5, 0) and everything(store) == before
     Image.new("RGB", (8, 8), "red").save(run / "images/1.png")
     with pytest.raises(InputError, match="line [345]: image .*1.png is not the one that was labelled"):
         import_labels(store, path)
@@ -568,7 +581,7 @@ def test_files_of_others_go_in(images):
     path = images / "theirs.csv"
     path.write_text("prompt,image,label\na cat,0.png,1\na cat,0.png,0\na dog,1.png,skip\n")
     store = FeedbackStore(images)
-    assert import_labels(store, path) == 3
+    assert import_labels(store, path) == (3, 0)
     rows = [(prompt, name, labeller, verdict) for prompt, name, _, labeller, verdict, _ in everything(store)]
     assert rows == [
         ("a cat", "0.png", "theirs", "good"),
@@ -609,5 +622,5 @@ def test_times_of_files_sort_as_text(images):
         row = {"prompt": "a", "image": "0.png", "label": 1, "time": f"2026-01-31T{time}", "labeller": "ann"}
         path.write_text(json.dumps(row))
         store = FeedbackStore(images)
-        assert import_labels(store, path) == 1 and everything(store)[0][-1] == f"2026-01-31T{kept}"
+        assert import_labels(store, path) == (1, 0) and everything(store)[0][-1] == f"2026-01-31T{kept}"
         store.close()

@@ -277,7 +277,7 @@ def test_speed(run):
     assert book.progress("ann")["speed"] is None
     for image, second in enumerate((0, 6, 12, 4000, 4006), 1):  # a long break counts as a minute
         moment = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(second))
-        book.store.database.execute("INSERT INTO labels VALUES (?, 'ann', 'good', ?)", (image, moment))
+        book.store.database.execute("INSERT INTO labels VALUES (?, 'ann', 'good', ?, NULL)", (image, moment))
     assert book.progress("ann")["speed"] == pytest.approx(60 * 4 / (6 + 6 + 60 + 6), rel=1e-4)
     book.store.close()
 
@@ -687,6 +687,103 @@ def test_labels_go_out_and_in_by_command(run, tmp_path, monkeypatch, capsys):
     assert kept(tmp_path / "new") == {("ann", 1): "good", ("ann", 2): "bad", ("ann", 3): "skip"}
     code, out, _ = command(monkeypatch, capsys, run, "--summary")
     assert out == "3 labels by 1 labeller on 3 of 12 images\nNo image was judged by two labellers yet\n"
+
+
+# ------------------------------------------------------------------------------------- images that another tool made
+def own_folder(folder: Path, captions: dict[str, str]) -> Path:
+    """Images with a caption beside each."""
+    folder.mkdir()
+    for i, (name, caption) in enumerate(captions.items()):
+        Image.new("RGB", (32, 32), (40 * i, 0, 0)).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(caption)
+    return folder
+
+
+def begun(monkeypatch, capsys, *arguments):
+    """Exit code, output, errors, and the book that would be served."""
+    books = []
+
+    def serve(store, args, roots):
+        books.append(LabelBook(FeedbackStore(args.run), roots))
+
+    monkeypatch.setattr(label, "serve", serve)
+    return *command(monkeypatch, capsys, *arguments), books
+
+
+def test_a_folder_of_images_with_captions_begins_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    source = own_folder(tmp_path / "photos", {"a": "a cat", "b": "a cat", "c": "a dog"})
+    before = sorted(path.name for path in source.iterdir())
+    code, out, err, (book,) = begun(monkeypatch, capsys, "photos")
+    assert code == 0 and out == "runs/photos: a run of the 3 images of photos, which stay where they are\n", err
+    assert sorted(path.name for path in source.iterdir()) == before
+    shown = [slot["id"] for item in book.next("ann", number=9) for slot in item["slots"]]
+    assert len(shown) == 3 and all(book.picture(image, None)[0] == "image/png" for image in shown)
+    book.judge("ann", shown[0], "good")
+    book.store.close()
+    own_folder(tmp_path / "more", {"d": "a cow"})
+    (tmp_path / "more" / "d.png").rename(source / "d.png"), (tmp_path / "more" / "d.txt").rename(source / "d.txt")
+    code, _, _, (book,) = begun(monkeypatch, capsys, source)  # again: what is new is added, labels stay
+    assert code == 0 and len(book.ids) == 4 and book.store.labels() == {shown[0]: 1.0}
+    book.store.close()
+    other = own_folder(tmp_path / "other", {"x": "a cat"})
+    other.rename(tmp_path / "other.d"), (tmp_path / "sub").mkdir(), (tmp_path / "other.d").rename("sub/photos")
+    code, _, err, _ = begun(monkeypatch, capsys, "sub/photos")  # of the same name
+    assert (
+        code == 2
+        and err == "error: runs/photos: holds other images than sub/photos; accepted: --out RUN, another folder\n"
+    )
+    code, _, _, (book,) = begun(monkeypatch, capsys, "sub/photos", "--out", "mine")
+    assert code == 0 and [image.prompt for image in FeedbackStore(tmp_path / "mine").images()] == ["a cat"]
+    book.store.close()
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_file_of_prompts_and_images_begins_a_run(tmp_path, monkeypatch, capsys, kind):
+    monkeypatch.chdir(tmp_path)
+    own_folder(tmp_path / "photos", {"a": "a cat", "b": "a dog"})
+    rows = [{"caption": "a cat", "file_name": "photos/a.png"}, {"caption": "a dog", "file_name": "photos/b.png"}]
+    table = "".join(",".join(row) + "\n" for row in (rows[0], *(row.values() for row in rows)))
+    (tmp_path / f"mine.{kind}").write_text(table if kind == "csv" else "\n".join(map(json.dumps, rows)))
+    code, _, err, (book,) = begun(monkeypatch, capsys, f"mine.{kind}")
+    assert code == 0 and book.store.folder == Path("runs/mine"), err
+    images = book.store.images()
+    assert [(image.prompt, image.path.name) for image in images] == [("a cat", "a.png"), ("a dog", "b.png")]
+    assert book.picture(1, None)[0] == "image/png" and book.store.labels() == {}
+    book.store.close()
+    code, _, err, _ = begun(monkeypatch, capsys, "runs/two", "--import", f"mine.{kind}")  # where labels are asked for
+    assert (
+        code == 2 and "no column 'label'; columns needed: prompt, image, label" in err and not Path("runs/two").exists()
+    )
+    (tmp_path / "mine.json").write_text(json.dumps([row | {"label": one} for row, one in zip(rows, (1, None))]))
+    code, _, _, (book,) = begun(monkeypatch, capsys, "mine.json", "--out", "both")  # some have a label
+    assert code == 0 and len(book.ids) == 2 and book.store.labels() == {1: 1.0}
+    book.store.close()
+
+
+def test_images_that_no_run_can_be_begun_with_are_one_line(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    source = own_folder(tmp_path / "photos", {"a": "a cat", "b": "a dog"})
+    Image.new("RGB", (32, 32)).save(source / "c.png")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("mine")
+    (tmp_path / "x.csv").write_text("prompt,image\na cat,photos/a.png\na dog,photos/nowhere.png\n")
+    for arguments, message in (
+        ((source,), "c.png: it has no caption"),
+        (("thesis",), "thesis: holds no images with captions"),
+        (("x.csv",), "x.csv, line 3: image photos/nowhere.png does not exist"),
+        (("x.csv", "--out", "thesis"), "thesis: holds files that are not a run's"),
+        ((run, "--out", "mine"), "--out, and how a file is read, go with a folder or file of images"),
+        ((run, "--good-from", 3), "--out, and how a file is read, go with a folder or file of images"),
+        ((run, "--import", "x.csv", "--out", "mine"), "--out: goes with a folder or file of images"),
+        (("nowhere",), "nowhere: no feedback.sqlite in it; accepted: a run's folder, or images to begin one"),
+    ):
+        code, _, err, books = begun(monkeypatch, capsys, *arguments)
+        assert code == 2 and message in err and err.count("\n") == 1 and not books, err
+        assert not Path("runs").exists() and not Path("mine").exists()
+    (source / "c.txt").write_text("a cow")
+    (source / "c.png").write_bytes(b"no image")
+    assert "c.png cannot be read" in begun(monkeypatch, capsys, source)[2] and not Path("runs").exists()
 
 
 # ------------------------------------------------------------------------------------------------- blind comparison

@@ -1,8 +1,8 @@
 """Stage 1 of the method: the store of a run's images and of the labels that annotators gave them.
 
 One SQLite file per run holds the prompts, the images (path, seed, how each was sampled), the labels (who, verdict,
-when) and blind comparisons with another run's images; docs/formats.md describes the tables. What a method writes is on
-the disk when it returns.
+when) and comparisons of its images, with one another or, blind, with another run's; docs/formats.md describes the
+tables. What a method writes is on the disk when it returns.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NOW = "strftime('%Y-%m-%dT%H:%M:%fZ', 'now')"  # UTC to the millisecond; sorts a
 # now, or just after a labeller's latest verdict where the clock was set back: the last verdict is the latest
 NEXT = f"""SELECT MAX({NOW}, COALESCE(strftime('%Y-%m-%dT%H:%M:%fZ', MAX(time), '+0.001 seconds'), ''))
            FROM (SELECT MAX(time) AS time FROM"""
-VERSION = 3  # of the schema, kept as PRAGMA user_version; a file of another version is refused
+VERSION = 4  # of the schema, kept as PRAGMA user_version; a file of another version is refused
 SCHEMA = (
     "CREATE TABLE prompts (id INTEGER PRIMARY KEY, text TEXT NOT NULL UNIQUE)",
     """CREATE TABLE images (
@@ -40,15 +40,25 @@ SCHEMA = (
     # kept in the order of the images, so that millions are counted in one pass over the file
     """CREATE TABLE labels (
         image INTEGER NOT NULL REFERENCES images, labeller TEXT NOT NULL, verdict TEXT NOT NULL, time TEXT NOT NULL,
-        PRIMARY KEY (image, labeller)
+        soft REAL, PRIMARY KEY (image, labeller)
     ) WITHOUT ROWID""",
     "CREATE INDEX labels_by_time ON labels (labeller, time)",
     """CREATE TABLE comparisons (
         image INTEGER NOT NULL REFERENCES images, other TEXT NOT NULL, path TEXT NOT NULL, labeller TEXT NOT NULL,
-        verdict TEXT NOT NULL, side TEXT NOT NULL, time TEXT NOT NULL, PRIMARY KEY (image, other, labeller)
+        verdict TEXT NOT NULL, side TEXT, time TEXT NOT NULL, PRIMARY KEY (image, other, labeller)
     ) WITHOUT ROWID""",
     "CREATE INDEX comparisons_by_time ON comparisons (other, labeller, time)",
 )
+
+
+MERGE_LABEL = """INSERT INTO labels (image, labeller, verdict, time, soft) VALUES (?, ?, ?, ?, ?)
+    ON CONFLICT DO UPDATE SET verdict = excluded.verdict, time = excluded.time, soft = excluded.soft
+    WHERE excluded.time > time
+    OR excluded.time = time AND (excluded.verdict != verdict OR excluded.soft IS NOT soft)"""
+MERGE_COMPARISON = """INSERT INTO comparisons (image, other, path, labeller, verdict, time)
+    SELECT ?, path, path, ?, ?, ? FROM images WHERE id = ?
+    ON CONFLICT DO UPDATE SET verdict = excluded.verdict, time = excluded.time
+    WHERE excluded.time > time OR excluded.time = time AND excluded.verdict != verdict"""
 
 
 class StoreError(InputError):
@@ -87,8 +97,28 @@ class NewLabel(NamedTuple):
     image: str
     seed: int | None
     labeller: str
-    verdict: str
+    verdict: str | None  # None: an image without a label
     time: str | None  # as the store keeps it; None is now
+    soft: float | None = None  # in [0,1], of a score
+
+
+class NewComparison(NamedTuple):
+    """A comparison of two images of a prompt to merge into the store; paths and time as in `NewLabel`."""
+
+    prompt: str
+    image: str
+    other: str
+    labeller: str
+    verdict: str  # one of PREFERENCES
+    time: str | None
+
+
+class Preferred(NamedTuple):
+    """One judgement of two images of the store, by their ids: which is better, one of PREFERENCES."""
+
+    image: int
+    other: int
+    verdict: str
 
 
 class FeedbackStore:
@@ -219,36 +249,47 @@ class FeedbackStore:
         with self.transaction() as db:
             (time,) = db.execute(f"{NEXT} labels WHERE labeller = ?)", (labeller,)).fetchone()
             db.executemany(
-                "INSERT OR REPLACE INTO labels VALUES (?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO labels VALUES (?, ?, ?, ?, NULL)",
                 ((image, labeller, _one_of(VERDICTS, verdict), time) for image, verdict in verdicts),
             )
 
-    def merge_labels(self, labels: Sequence[NewLabel]) -> int:
-        """Add labels, and the images that are new, in one transaction; how many are new or newer than the store's.
+    def merge(self, labels: Sequence[NewLabel], comparisons: Sequence[NewComparison] = ()) -> tuple[int, int]:
+        """Add labels, comparisons, and the images that are new, in one transaction.
 
-        Of two verdicts of one labeller on one image the later one stays; at the same time, the one that comes later in
-        `labels`.
+        Returned is how many labels and how many comparisons are new or newer than the store's. Of two judgements of one
+        labeller on the same images the later one stays; at the same time, the one that comes later here.
         """
-        known = {(image.prompt, os.path.realpath(image.file)): image.id for image in self.images()}
+        named = [(one.prompt, one.image, one.seed) for one in labels]
+        named += [(one.prompt, path, None) for one in comparisons for path in (one.image, one.other)]
+        places = {path: os.path.realpath(self.folder / path) for _, path, _ in named}
+        known = self._places()
         new: dict[tuple[str, str], tuple[str, str, int | None]] = {}
-        for label in labels:
-            place = (label.prompt, os.path.realpath(self.folder / label.image))
-            if place not in known:
-                new.setdefault(place, (label.prompt, label.image, label.seed))
+        for prompt, path, seed in named:
+            if (prompt, places[path]) not in known:
+                new.setdefault((prompt, places[path]), (prompt, path, seed))
         with self.transaction() as db:
             self._insert_images(db, new.values(), None)
-            known = {(image.prompt, os.path.realpath(image.file)): image.id for image in self.images()}
-            before = db.total_changes
+            known = self._places()
             (now,) = db.execute(f"SELECT {NOW}").fetchone()
+            before = db.total_changes
             for label in labels:
-                image = known[label.prompt, os.path.realpath(self.folder / label.image)]
-                db.execute(
-                    """INSERT INTO labels VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE
-                       SET verdict = excluded.verdict, time = excluded.time
-                       WHERE excluded.time > time OR excluded.time = time AND excluded.verdict != verdict""",
-                    (image, label.labeller, _one_of(VERDICTS, label.verdict), label.time or now),
-                )
-            return db.total_changes - before
+                if label.verdict is not None:
+                    image = known[label.prompt, places[label.image]]
+                    verdict = _one_of(VERDICTS, label.verdict)
+                    db.execute(MERGE_LABEL, (image, label.labeller, verdict, label.time or now, label.soft))
+            between = db.total_changes
+            for one in comparisons:
+                first, second = (known[one.prompt, places[path]] for path in (one.image, one.other))
+                verdict = _one_of(PREFERENCES, one.verdict)
+                if first > second:  # each pair in one order, so that a labeller has one judgement of it
+                    first, second = second, first
+                    verdict = {"this": "other", "other": "this"}.get(verdict, verdict)
+                db.execute(MERGE_COMPARISON, (first, one.labeller, verdict, one.time or now, second))
+            return between - before, db.total_changes - between
+
+    def _places(self) -> dict[tuple[str, str], int]:
+        """The ids of the images by their prompt and by where their file really is."""
+        return {(image.prompt, os.path.realpath(image.file)): image.id for image in self.images()}
 
     def add_comparison(self, labeller: str, image: int, other: Path | str, path: Path, verdict: str, side: str) -> None:
         """Which of two images of a prompt is better: the run's `image`, shown on `side`, or `path` of `other`.
@@ -265,11 +306,15 @@ class FeedbackStore:
             )
 
     def remove_labels(self, imported: bool = False) -> None:
-        """Remove all labels; if they were imported, the images that came with them too, which no model here sampled."""
+        """Remove all labels; if they were imported, the comparisons and the images that came with them too.
+
+        An image that a model here sampled stays.
+        """
         with self.transaction() as db:
             db.execute("DELETE FROM labels")
             if imported:
-                db.execute("DELETE FROM images WHERE settings IS NULL AND id NOT IN (SELECT image FROM comparisons)")
+                db.execute("DELETE FROM comparisons")
+                db.execute("DELETE FROM images WHERE settings IS NULL")
 
     # ------------------------------------------------------------------------------------------------------- reading
     def sampled(self) -> list[Path]:
@@ -315,13 +360,24 @@ class FeedbackStore:
         """Image id -> 1 (good) or 0 (bad) by majority of its labellers; skips and ties are left out.
 
         Where a person judged, a skip included, the simulated annotator does not count. soft: image id -> the mean of
-        its labellers' 1 (good) and 0 (bad); skips are left out, ties are 0.5.
+        its labellers' soft labels, or where a labeller gave none, of 1 (good) and 0 (bad); skips are left out.
         """
         people = "SELECT 1 FROM labels AS other WHERE other.image = labels.image AND other.labeller != :program"
-        mean = f"""SELECT image, AVG(verdict = 'good') AS mean FROM labels WHERE verdict IN ('good', 'bad')
+        value = "COALESCE(soft, verdict = 'good')" if soft else "verdict = 'good'"
+        told = "(verdict IN ('good', 'bad') OR soft IS NOT NULL)" if soft else "verdict IN ('good', 'bad')"
+        mean = f"""SELECT image, AVG({value}) AS mean FROM labels WHERE {told}
                    AND (labeller != :program OR NOT EXISTS ({people})) GROUP BY image"""
         vote = f"SELECT image, CAST(mean > 0.5 AS REAL) FROM ({mean}) WHERE mean != 0.5"
         return dict(self.query(f"{mean if soft else vote} ORDER BY image", {"program": SIMULATED}))
+
+    def preferred(self) -> list[Preferred]:
+        """Every comparison of two images of this store, of one prompt; those with another run's images are not here."""
+        rows = self.query(
+            """SELECT image, second.id, verdict FROM comparisons JOIN images AS first ON first.id = image
+               JOIN images AS second ON second.prompt = first.prompt AND second.path = comparisons.other
+               WHERE verdict IN ('this', 'other', 'tie') ORDER BY image, second.id, labeller"""
+        )
+        return [Preferred(*row) for row in rows]
 
     def labellers(self) -> list[str]:
         """All who labelled, in alphabetical order; one look-up each, however many labels there are."""
@@ -333,9 +389,9 @@ class FeedbackStore:
         return [name for (name,) in self.query(query)]
 
     def label_rows(self) -> list[tuple[Any, ...]]:
-        """(prompt, path, verdict, labeller, time, seed, SHA-256, settings) of every label."""
+        """(prompt, path, verdict, labeller, time, seed, SHA-256, settings, soft label) of every label."""
         return self.query(
-            """SELECT text, CAST(path AS TEXT), verdict, labeller, time, seed, sha256, settings FROM labels
+            """SELECT text, CAST(path AS TEXT), verdict, labeller, time, seed, sha256, settings, soft FROM labels
                JOIN images ON images.id = image JOIN prompts ON prompts.id = prompt ORDER BY image, labeller"""
         )
 

@@ -22,7 +22,7 @@ from ..engine.processes import gathered, is_main_process, pick_device, process_g
 from ..engine.run import DIGEST, Run, opened
 from ..engine.settings import STAGES, add_flags, add_run_flags, defaults, given
 from ..evaluate import evaluate_run, images_per_prompt, test_items, write_results
-from ..feedback import FeedbackStore, read_labels
+from ..feedback import USUAL, FeedbackStore, Reading, add_reading_flags, read_judgements, reading
 from ..files import InputError, atomic
 from ..generate import check_sampling, generate_images, load_model, per_prompt, planned, sampler
 from ..label.annotated import annotate_run, import_run
@@ -50,17 +50,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--feedback",
         type=Path,
         metavar="FILE",
-        help="label file to import: CSV or JSON lines with prompt, image, label",
+        help="label file to import: CSV or JSON with prompt, image, label, or with pairs or rankings of images",
     )
     add("--recipe", choices=RECIPES, help="paper: the settings of Lee et al. 2023 as if they were given")
     add("--cache", type=Path, help="folder of latents and text contexts that runs may share (default: RUN/cache)")
+    add_reading_flags(parser)
     add_flags(parser, *STAGES)
     return parser.parse_args(arguments)
 
 
 def main_job(
     run: Run, flags: dict[str, Any], device: torch.device, *, recipe: str | None = None, feedback: Path | None = None,
-    redo: bool = False, cache_folder: Path | None = None,
+    redo: bool = False, cache_folder: Path | None = None, how: Reading = USUAL,
 ) -> dict[str, Any]:  # fmt: skip
     """All stages of a run, each unless it is done; the content of results.json."""
 
@@ -76,7 +77,7 @@ def main_job(
     check_sampling(load(), settings, stored_prompts(run.folder))
     run.intend(run.given(flags, recipe))
     sample = sampler(run, settings, flags, device, load)
-    collect(run, settings, flags, sample, feedback, redo)
+    collect(run, settings, flags, sample, feedback, redo, how)
     learn_from_run(run, settings, device, redo)
     items = test_items(run, settings)
     load.cache_clear()  # its memory is for fine-tuning, which changes what it loads
@@ -98,11 +99,12 @@ def check_settings(settings: dict[str, Any], flags: dict[str, Any]) -> None:
 
 
 def collect(
-    run: Run, settings: dict[str, Any], flags: dict[str, Any], load: Any, feedback: Path | None, redo: bool
-) -> None:
+    run: Run, settings: dict[str, Any], flags: dict[str, Any], load: Any, feedback: Path | None, redo: bool,
+    how: Reading = USUAL,
+) -> None:  # fmt: skip
     """Stage 1: images and labels, imported from a file, made by others before, or by the model and the annotator."""
     if feedback is not None:
-        import_run(run, feedback, redo)
+        import_run(run, feedback, redo, how)
         return
     images, labels = gathered(counted(run.folder) if is_main_process() else (0, 0))[0]
     if "generate" in run.stages or not images:
@@ -124,7 +126,7 @@ def collect(
     elif "label" in run.stages or (not labels and run.world == WORLD):
         annotate_run(run, settings, redo)
     elif labels:
-        say(f"label: {labels} images are labelled")
+        say(f"label: {labels} labels and comparisons are there")
     else:
         raise InputError(f"{run.folder}: no labels; python -m minialign.label {run.folder} takes them")
 
@@ -153,22 +155,22 @@ def stored_prompts(folder: Path) -> list[str]:
 
 
 def counted(folder: Path) -> tuple[int, int]:
-    """The numbers of images and of labelled images in a run."""
+    """The numbers of images in a run, and of labelled images and comparisons."""
     if not (folder / "feedback.sqlite").is_file():
         return 0, 0
     store = FeedbackStore(folder, read_only=True)
     try:
-        return len(store.images()), len(store.labels())
+        return len(store.images()), len(store.labels()) + len(store.preferred())
     finally:
         store.close()
 
 
-def check_feedback(feedback: Path, flags: dict[str, Any]) -> None:
+def check_feedback(feedback: Path, flags: dict[str, Any], how: Reading = USUAL) -> None:
     """InputError for a label file that cannot be used, or whose images nobody's model made."""
     if feedback.is_dir():
         raise InputError(f"--feedback {feedback}: a folder; to continue a run: python -m minialign.finetune {feedback}")
-    rows = read_labels(feedback)
-    if flags.get("model") is None and not knows([row.prompt for row in rows]):
+    prompts = [row.prompt for rows in read_judgements(feedback, how) for row in rows]
+    if flags.get("model") is None and not knows(prompts):
         raise InputError(
             f"--model: needed with --feedback {feedback}, whose prompts are not the bundled model's; accepted: the "
             "model that made the images"
@@ -205,14 +207,18 @@ def main() -> None:
         raise InputError("RUN and --out are the same thing; accepted: one of them")
     own = flags.get("model") is not None or args.feedback is not None
     folder = args.run or args.out or Path("runs/own" if own else "runs/shapes")
+    how = reading(args)
+    if args.feedback is None and how != USUAL:
+        raise InputError("--columns, --skip, --good-from, --scale: say how --feedback FILE is read, and need it")
     check_sources(folder, flags, args.fresh)
     with process_group(pick_device(args.device)) as device:
         if args.feedback is not None and is_main_process():
-            check_feedback(args.feedback, flags)
+            check_feedback(args.feedback, flags, how)
         with opened(folder, args.fresh) as run:
             results = main_job(
-                run, flags, device, recipe=args.recipe, feedback=args.feedback, redo=args.redo, cache_folder=args.cache
-            )
+                run, flags, device, recipe=args.recipe, feedback=args.feedback, redo=args.redo, cache_folder=args.cache,
+                how=how,
+            )  # fmt: skip
             if not is_main_process():
                 return
             card = folder / "model" / "README.md"

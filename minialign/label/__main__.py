@@ -24,11 +24,14 @@ from ..engine.settings import add_flags, add_run_flags, given
 from ..feedback import (
     LONGEST_NAME,
     SIMULATED,
+    USUAL,
     FeedbackStore,
+    add_reading_flags,
     clean_name,
     export_comparisons,
     export_labels,
     import_into_run,
+    reading,
 )
 from ..files import InputError, read_bytes
 from .book import LabelBook, number, summary
@@ -67,7 +70,10 @@ def _origin(text: str) -> str:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="python -m minialign.label", description=(__doc__ or "").split("\n\n")[1])
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="a run's folder: feedback.sqlite and the images it names")
+    what = "a run's folder; or a folder of images with captions, or a file with columns prompt, image: begins a run"
+    add("run", type=Path, metavar="RUN", help=what)
+    begun = "of a folder or file of images: the run's folder (default: runs/NAME, by its name)"
+    add("--out", type=Path, metavar="RUN", help=begun)
     other = "another run, or a folder of images of the same names: show two images of a prompt, blind; which is better?"
     add("--compare", type=Path, metavar="OTHER", help=other)
     sets = "with --compare: sets of N images of a prompt in place of single ones; 4 in the paper (default: 1)"
@@ -90,15 +96,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--token-file", type=Path, metavar="FILE", help=token)
     add("--no-browser", action="store_true", help="do not open the page")
     instead = parser.add_mutually_exclusive_group()
-    files = "a file: .csv, .tsv or .jsonl"
-    written = f"write labels (with --compare: comparisons) to {files}"
+    written = "write labels (with --compare: comparisons) to a file: .csv, .tsv or .jsonl"
     instead.add_argument("--export", type=Path, metavar="FILE", help=written)
-    taken = "add the labels of a file, columns prompt, image, label; makes RUN where there is none"
+    taken = "add the labels or comparisons of a file, as prompt, image, label; makes RUN where there is none"
     instead.add_argument("--import", type=Path, metavar="FILE", dest="take", help=taken)
     program = "label by the simulated annotator of the bundled model, no person"
     instead.add_argument("--annotator", action="store_true", help=program)
     agreement = "print how many labels there are and how far labellers agree"
     instead.add_argument("--summary", action="store_true", help=agreement)
+    add_reading_flags(parser)
     add_run_flags(parser)
     add_flags(parser, "label")
     return parser.parse_args(arguments)
@@ -114,11 +120,23 @@ def main() -> None:
     for flag, folder in (("--compare", args.compare), ("--images", args.images)):
         if folder is not None and not folder.is_dir():
             raise InputError(f"{flag} {folder}: not a folder")
+    if args.out is not None and args.take is not None:
+        raise InputError("--out: goes with a folder or file of images; accepted: RUN --import FILE")
     if args.take is not None:
-        print(f"{args.run}: {number(import_into_run(args.run, args.take), 'new label')} from {args.take}")
+        counts = zip(import_into_run(args.run, args.take, reading(args)), ("new label", "new comparison"))
+        told = [number(count, what) for count, what in counts if count or what == "new label"]
+        print(f"{args.run}: {', '.join(told)} from {args.take}")
         return
-    if not (args.run / "feedback.sqlite").is_file():
-        raise InputError(f"{args.run}: no feedback.sqlite in it; accepted: a run's folder (--import FILE begins one)")
+    there, roots = (args.run / "feedback.sqlite").is_file(), [args.images] if args.images else []
+    if not there and not (args.export or args.summary or args.compare) and begins(args.run):
+        from .begun import begin
+
+        args.run, found = begin(args.run, args.out, reading(args))
+        there, roots = True, roots + found
+    elif args.out is not None or reading(args) != USUAL:
+        raise InputError(f"{args.run}: --out, and how a file is read, go with a folder or file of images, or --import")
+    if not there:
+        raise InputError(f"{args.run}: no feedback.sqlite in it; accepted: a run's folder, or images to begin one")
     if args.summary:
         print("\n".join(ended(args)))
         return
@@ -128,9 +146,16 @@ def main() -> None:
             count = (export_labels if args.compare is None else export_comparisons)(store, args.export)
             print(f"{args.export}: {number(count, 'label' if args.compare is None else 'comparison')}")
         else:
-            serve(store, args)
+            serve(store, args, roots)
     finally:
         store.close()
+
+
+def begins(source: Path) -> bool:
+    """Whether a run can be begun from it: a file, or a folder that holds something and is no run."""
+    if not source.is_dir():
+        return source.is_file()
+    return not (source / "config.json").is_file() and any(source.iterdir())
 
 
 def annotate(args: argparse.Namespace) -> None:
@@ -165,10 +190,10 @@ def read_text(file: Path, flag: str) -> str:
         raise InputError(f"{flag} {file}: cannot be read as text ({error}); accepted: UTF-8") from error
 
 
-def serve(store: FeedbackStore, args: argparse.Namespace) -> None:
-    """Serve the page until Ctrl+C; then say what there is."""
+def serve(store: FeedbackStore, args: argparse.Namespace, roots: Sequence[Path]) -> None:
+    """Serve the page until Ctrl+C; then say what there is. `roots`: folders that images outside the run may lie in."""
     token, guide = given_token(args.token_file), read_text(args.guide, "--guide") if args.guide else ""
-    enough, roots = args.labels_per_image, [args.images] if args.images else []
+    enough = args.labels_per_image
     if args.compare is None:
         book, what = LabelBook(store, roots, enough), "no images"
     else:

@@ -12,7 +12,7 @@ import torch
 from ..data import open_image
 from ..engine.optimising import generator, progress
 from ..engine.run import Run, digest, judgements
-from ..feedback import SIMULATED, FeedbackStore, import_labels
+from ..feedback import SIMULATED, USUAL, FeedbackStore, Reading, import_labels
 from ..files import InputError, read_bytes
 from ..shapes.world import WORLD, annotate, knows
 
@@ -50,16 +50,17 @@ def annotate_images(folder: Path, number: int, seed: int) -> None:
         store.close()
 
 
-def import_run(run: Run, file: Path, redo: bool = False) -> None:
-    """The labels of a run, unless they are there: those of a label file, and its images."""
+def import_run(run: Run, file: Path, redo: bool = False, how: Reading = USUAL) -> None:
+    """The labels and comparisons of a run, unless they are there: those of a label file, and its images."""
 
     def inputs() -> dict[str, str]:
-        return {"label file": digest(read_bytes(file))}
+        told = {} if how == USUAL else {"reading of the label file": digest(json.dumps(how))}
+        return {"label file": digest(read_bytes(file))} | told
 
     with run.stage("label", f"the labels of {file}", {}, inputs, redo=redo) as todo:
         if todo:
             with closing(FeedbackStore(run.folder)) as store:
                 alone = set(store.labellers()) <= {SIMULATED} and not store.comparison_rows()
-                import_labels(store, file)
+                import_labels(store, file, how)
                 if alone:  # then the file has all that a flag may remove
                     run.stages["label"]["imported"] = judgements(store)

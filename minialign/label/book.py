@@ -207,11 +207,13 @@ def summary(folder: Path, agreement: bool = True) -> list[str]:
     try:
         ((labels, images),) = store.query("SELECT COUNT(*), COUNT(DISTINCT image) FROM labels")
         ((total,),) = store.query("SELECT COUNT(*) FROM images")
+        ((pairs,),) = store.query("SELECT COUNT(*) FROM comparisons WHERE other = path")  # of the run's own images
         names = store.labellers()
         found = store.agreement() if agreement else None
     finally:
         store.close()
     lines = [f"{number(labels, 'label')} by {number(len(names), 'labeller')} on {images:,} of {number(total, 'image')}"]
+    lines += [f"{number(pairs, 'comparison')} of two images"] if pairs else []
     return lines + ([str(found) if found else "No image was judged by two labellers yet"] if agreement else [])
 
 
