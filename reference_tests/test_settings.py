@@ -46,7 +46,9 @@ def test_every_row_says_what_it_is():
     assert {stage for setting in SETTINGS for stage in setting.stages} == set(STAGES)
     for recipe in RECIPES.values():
         assert recipe.keys() <= BY_NAME.keys()
-    assert {setting.name for setting in SETTINGS if setting.source} == {"model", "vae", "prompts", "clip", "pretrain"}
+    assert {setting.name for setting in SETTINGS if setting.source} == {
+        "model", "vae", "prompts", "reward", "clip", "pretrain"
+    }  # fmt: skip
 
 
 def test_defaults_and_stages_are_of_the_table():

@@ -49,8 +49,9 @@ OUTPUTS = {  # what each stage writes into the folder of a run, as patterns
 }  # fmt: skip
 ALSO = (  # what a whole run has besides: images of comparisons, caches, logs, and last of all what makes it a run
     *(f"compare/*/{name}" for name in ("config.json", "feedback.sqlite*", ".lock")), "model/README.md",
-    *(f"cache/{name}" for name in ("features.safetensors", "entries-*.safetensors", "entries-*.bad", "skipped*.jsonl")),
-    "results.json", "report.html", "feedback.sqlite*", "metrics.jsonl", "stages.json", "config.json",
+    *(f"cache/{name}" for name in ("features*.safetensors", "entries-*.safetensors", "entries-*.bad")),
+    "cache/skipped*.jsonl", "results.json", "report.html", "feedback.sqlite*", "metrics.jsonl", "stages.json",
+    "config.json",
 )  # fmt: skip
 FOLDERS = ("cache", "checkpoints", "images", "reward", "compare", "model", "validation")  # in which a run writes
 REDO = "--redo does it again, and what follows from it"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import glob
 import os
+import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,18 @@ def _shown(value: Any) -> str:
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def reward_terms(text: str) -> str:
+    """The value of --reward with its files and folders as absolute paths, for another command elsewhere."""
+
+    def absolute(term: str) -> str:
+        found = re.fullmatch(r"(clip-score:)?(.*?)(:\w+)?(=[^/]*)?", term.strip())
+        if found is None or found[2] in ("", "learned", "clip-score") or not os.path.exists(found[2]):
+            return term.strip()
+        return f"{found[1] or ''}{os.path.abspath(found[2])}{found[3] or ''}{found[4] or ''}"
+
+    return ",".join(map(absolute, text.split(",")))
+
+
 DRAWING, TUNING = ("generate", "evaluate"), ("finetune",)
 positive, whole, fraction = in_range(float, 1e-6), in_range(int, 1), in_range(float, 0, 1)
 SETTINGS = tuple(
@@ -100,6 +113,10 @@ SETTINGS = tuple(
         # ----------------------------------------------------------------------------------------- label: whose labels
         ("labels", ("label",), 1280, None, whole, "images that the simulated annotator labels (embedded model only)"),
         # ------------------------------------------------------------------------------------------------------ reward
+        ("reward", ("reward",), None, None, reward_terms,
+         "reward of the images: learned, clip-score, clip-score:CLIP, a reward model's folder, FILE.py:function, or "
+         "several with weights, such as clip-score=0.3,learned=0.7 (default: learned, from the labels)",
+         {"source": True}),
         ("clip", ("reward", "evaluate"), None, CLIP_OF_PAPER, str,
          "CLIP model of the features, folder or hub id", {"source": True}),
         ("lambda", ("reward",), 0.5, 0.5, in_range(float, 0), "weight of the auxiliary loss; 0.5 in the paper"),

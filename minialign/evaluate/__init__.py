@@ -27,9 +27,9 @@ from ..models.pretrained import WEIGHTS
 from ..pages.figures import plot_best_of
 from ..pipeline import Pipeline
 from ..prompts import recognise, split, spread
-from ..reward import MODEL, load_reward, read_measured
+from ..reward import MODEL, REWARDS, load_reward, read_measured, scorer
 from ..shapes.world import GRAMMAR, WORLD
-from .judges import PEOPLE, REWARD, Judged, TestItem, distances, judge_model, reference_images
+from .judges import PEOPLE, REWARD, Judged, Score, TestItem, distances, judge_model, reference_images
 from .sets import compared_sets
 from .tables import best_of_curves, by_group, picture, samples
 
@@ -149,9 +149,13 @@ def evaluate(
     device: torch.device,
     *,
     reward: Path | None,
+    score: Score | None = None,
     reference: Path | None = None,
 ) -> dict[str, Any]:
-    """Models (name, source, loader) compared on the items, one entry of results.json; gains are over the first."""
+    """Models (name, source, loader) compared on the items, one entry of results.json; gains are over the first.
+
+    reward: the folder of the reward model that judges; score: what judges in its place.
+    """
     good = reference_images(reference) if reference is not None else None  # a mistake is told before all sampling
     judge = load_reward(reward, device) if reward is not None else None
     own = reward is None or reward == run.folder / "reward"  # the run knows where its CLIP lies now
@@ -159,7 +163,7 @@ def evaluate(
     learned_with = run.stages.get("reward", {}).get("made_from", {}).get("clip")
     if own and judge is not None and learned_with not in (None, digest(clip_digest(clip))):
         raise InputError(f"CLIP {settings['clip']}: not the one that the reward model of {run.folder} learned with")
-    sides = [judge_model(run, *model, items, settings, clip, judge) for model in models]
+    sides = [judge_model(run, *model, items, settings, clip, judge, score) for model in models]
     judges = list(dict.fromkeys(name for side in sides for name in side.values))
     judged = {name: by_group(sides, name, items) for name in judges}
     of_all = [name for name in judges if all("overall" in judged[name].get(side.name, {}) for side in sides)]
@@ -190,23 +194,31 @@ def run_models(run: Run, device: torch.device, dtype: str) -> list[Model]:
     return [(BASE, run.settings.get("model"), base), (TUNED, str(tuned), after)]
 
 
-def evaluate_run(run: Run, settings: dict[str, Any], device: torch.device, redo: bool = False) -> None:
-    """The last stage of a run, unless it is done: its model before and after, in results.json."""
+def evaluate_run(
+    run: Run, settings: dict[str, Any], device: torch.device, redo: bool = False, named: bool = False
+) -> None:
+    """The last stage of a run, unless it is done: its model before and after, in results.json.
+
+    named: the command itself names the run's --reward, which may be code.
+    """
     models = run_models(run, device, settings["sampling_dtype"])
     items = test_items(run, settings)
+    given = "reward" in run.stages.get("reward", {}).get("made_from", {})
 
     def inputs() -> dict[str, str]:
         return {
             "test prompts": digest(json.dumps([(item.prompt, item.seed) for item in items])),
             "fine-tuned model": file_digest(run.folder / "model" / "unet" / f"{WEIGHTS[0]}.safetensors"),
-            "reward model": file_digest(run.folder / "reward" / MODEL),
+            "reward model": file_digest(run.folder / REWARDS if given else run.folder / "reward" / MODEL),
             LABELS: _labels_of_images(run),
         }
 
     why = f"before and after sample {len(items)} images each from the same new noise"
     with run.stage("evaluate", why, settings, inputs, redo=redo) as todo:
         if todo:
-            found = evaluate(run, models, items, settings, device, reward=run.folder / "reward")
+            score = scorer(run.folder, settings, device, named) if given else None
+            own = None if given else run.folder / "reward"
+            found = evaluate(run, models, items, settings, device, reward=own, score=score)
             store_results(run, {"evaluation": found})
             run.stages["evaluate"]["made_from"][LABELS] = _labels_of_images(run)
             plot_best_of(run.folder / "best-of-n.png", found["best_of_n"])

@@ -29,6 +29,7 @@ from ..shapes.world import WORLD, annotate, knows, shown
 
 PEOPLE, REWARD, CLIP_SCORE = "people", "reward", "CLIP score"  # who judges, beside the simulated annotator
 LABELLERS = (SIMULATED, PEOPLE)  # they label images; the others give a number
+Score = Callable[[Sequence[Path], Sequence[str]], Tensor]  # of image files and their prompts: rewards (B,)
 FEATURES = Path("cache") / "features.safetensors"
 
 
@@ -67,11 +68,12 @@ def judge_model(
     settings: dict[str, Any],
     clip: CLIP,
     reward: RewardModel | None,
+    score: Score | None = None,
 ) -> Judged:
     """Sample a model's images of the items into a folder of their own in `run`/compare, and judge them.
 
-    The folder is named by all that the images depend on: images that are there are kept, and labels in its
-    feedback.sqlite count.
+    score: what --reward says of image files and their prompts, in the reward model's place. The folder is named by all
+    that the images depend on: images that are there are kept, and labels in its feedback.sqlite count.
     """
     pipe = load()
     decides = {key: settings[key] for key in ("sampling_steps", "guidance", "sampling_dtype")}
@@ -111,6 +113,8 @@ def judge_model(
         device = clip.logit_scale.device
         with torch.no_grad():
             values[REWARD] = reward(image.to(device), text.to(device)).tolist()
+    elif score is not None:
+        values[REWARD] = score(paths, texts).tolist()
     values[CLIP_SCORE] = torch.cosine_similarity(image, text).tolist()
     return Judged(name, source or "embedded", place, paths, image, values, verdicts, readable)
 

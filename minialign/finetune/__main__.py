@@ -30,7 +30,7 @@ from ..models.clip import CLIP
 from ..pages.cards import model_card, summary
 from ..pages.report import write_report
 from ..pipeline import Pipeline
-from ..reward import learn_from_run
+from ..reward import LEARNED, check_terms, learn_from_run, read_terms
 from ..shapes.world import WORLD, knows
 from .batches import split_rows
 from .trainer import finetune_run, stored_images
@@ -75,6 +75,7 @@ def main_job(
     if flags.get("prompts") is not None:
         planned(settings | per_prompt(run, settings, flags), run.world)  # a mistake is told before it is remembered
     check_sampling(load(), settings, stored_prompts(run.folder))
+    check_terms(read_terms(settings["reward"], run.folder), named="reward" in flags)
     run.intend(run.given(flags, recipe))
     sample = sampler(run, settings, flags, device, load)
     collect(run, settings, flags, sample, feedback, redo, how)
@@ -83,7 +84,7 @@ def main_job(
     load.cache_clear()  # its memory is for fine-tuning, which changes what it loads
     validated = [(item.prompt, item.seed) for item in items]
     finetune_run(run, settings, partial(load_model, run, flags, device), validated, redo, cache_folder)
-    evaluate_run(run, settings, device, redo)
+    evaluate_run(run, settings, device, redo, named=True)
     return write_results(run) if is_main_process() else {}
 
 
@@ -106,6 +107,7 @@ def collect(
     if feedback is not None:
         import_run(run, feedback, redo, how)
         return
+    learned = any(term.what == LEARNED for term in read_terms(settings["reward"], run.folder))
     images, labels = gathered(counted(run.folder) if is_main_process() else (0, 0))[0]
     if "generate" in run.stages or not images:
         if run.world != WORLD and not images:
@@ -123,10 +125,12 @@ def collect(
         say(f"generate: {images} images are there")
     if "label file" in run.stages.get("label", {}).get("made_from", {}):
         check_again(run, "label", {})
-    elif "label" in run.stages or (not labels and run.world == WORLD):
+    elif "label" in run.stages or (learned and not labels and run.world == WORLD):
         annotate_run(run, settings, redo)
     elif labels:
         say(f"label: {labels} labels and comparisons are there")
+    elif not learned:
+        say("label: no labels; --reward does without")
     else:
         raise InputError(f"{run.folder}: no labels; python -m minialign.label {run.folder} takes them")
 

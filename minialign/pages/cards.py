@@ -24,6 +24,7 @@ REWARD_MODELS = {
     "auxiliary": "with the auxiliary loss",
     "plain": "squared error alone",
     "clip": "raw CLIP score",
+    "given": "--reward",
 }
 
 
@@ -195,6 +196,10 @@ def _settings(settings: Mapping[str, Any]) -> list[str]:
 def reward_table(reward: Mapping[str, Any]) -> str:
     """How well a reward model predicts held-out labels, as text. `reward` is the content of held_out.json."""
     head = f"{reward['labels']:,} labels, {number(reward['good_fraction'], True)} good."
+    if "terms" in reward:
+        head = f"The reward of the images is {reward_words(reward)}.\n{head}"
+    if not reward["labels"]:
+        return f"{head} Nothing was measured."
     lines = []
     for split, held_out in reward["held_out"].items():
         good, commoner = held_out["good_fraction"], "good" if held_out["good_fraction"] > 0.5 else "bad"
@@ -210,6 +215,11 @@ def reward_table(reward: Mapping[str, Any]) -> str:
     if not lines:
         return f"{head} Too few prompts, or labels of one kind only, to hold any out: nothing was measured."
     return "\n".join([head, *lines])
+
+
+def reward_words(reward: Mapping[str, Any]) -> str:
+    """The terms of --reward in words: each with its weight, and how it came to [0,1]."""
+    return " + ".join(f"{one['weight']:g} x {one['what']} ({one['how']})" for one in reward["terms"])
 
 
 def _predicts(model: str, found: Mapping[str, Any], reward: Mapping[str, Any]) -> str:

@@ -26,7 +26,17 @@ from ..files import atomic
 from ..measures import wilson_interval
 from ..prompts import CATEGORIES
 from . import figures
-from .cards import REWARD_MODELS, difference, in_order, interval, is_fraction, judged_by, number, significance
+from .cards import (
+    REWARD_MODELS,
+    difference,
+    in_order,
+    interval,
+    is_fraction,
+    judged_by,
+    number,
+    reward_words,
+    significance,
+)
 
 TOLD = {"new combinations": "new combination", "new objects": "new object", "unseen": "unseen prompt"}  # of one prompt
 MARKS = {"good": "✓ good", "bad": "✗ bad", "skip": "– skip"}  # a sign and a word: color alone would not do
@@ -155,9 +165,16 @@ def _opening(results: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
     who = " by a simulated annotator" if "simulated" in judge else ""
     weighting = (results.get("settings") or {}).get("weighting", "reward")
     how = "its reward" if weighting == "reward" else f"a function of its reward ({escape(str(weighting))})"
+    scored, reward = f"{images:,}" if images else "all", results.get("reward") or {}
+    title, source = (
+        f"fine-tuned on {f'{labels:,} ' if labels else ''}labels{who}",
+        "A reward model learned from the labels",
+    )
+    if "terms" in reward:
+        title, source = "fine-tuned by a given reward", f"A given reward, {escape(reward_words(reward))},"
     parts = [
-        f"<h1>A text-to-image model, fine-tuned on {f'{labels:,} ' if labels else ''}labels{who}</h1>",
-        f"<p>A reward model learned from the labels and scored {f'{images:,}' if images else 'all'} images. The model "
+        f"<h1>A text-to-image model, {title}</h1>",
+        f"<p>{source}{'' if 'terms' in reward else ' and'} scored {scored} images. The model "
         f"was then fine-tuned on these images, each weighted by {how}, after Lee et al. 2023.</p>",
         _headline(evaluation, judge),
     ]
@@ -342,7 +359,7 @@ def _reward(reward: Mapping[str, Any]) -> str:
     """How well the reward model predicts labels that it did not learn from, of known prompts and of new ones."""
     measured, held_out = reward.get("measured") or {}, reward.get("held_out") or {}
     splits = list(dict.fromkeys(split for found in measured.values() for split in found))
-    own = measured.get("auxiliary") or {}
+    own = measured.get("given") or measured.get("auxiliary") or {}
     charts = [_calibration(split, (own.get(split) or {}).get("calibration") or []) for split in splits]
 
     def row(title: str, found: Mapping[str, Any], key: str, percent: bool = False, digits: int = 3) -> tuple[str, ...]:

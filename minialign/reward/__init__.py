@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +16,28 @@ from ..engine.settings import of_stage
 from ..files import InputError, atomic, checksum, read_json, write_json, write_tensors
 from ..measures import measure, platt
 from ..models.clip import CLIP
-from ..models.pretrained import WEIGHTS
 from ..models.reward import RewardModel
 from ..pages.cards import reward_card
 from ..pages.figures import plot_calibration
-from .labels import Labelled, check_labels, read_labelled, read_labels
+from .given import LEARNED, MODEL, Rewards, check_terms, load_reward, read_terms, score_images, scorer
+from .labels import Labelled, Split, check_labels, read_labelled, read_labels, split_rows
 from .trainer import rewards_of, train_reward
 
 __all__ = [
+    "LEARNED",
     "MODEL",
     "REWARDS",
     "RewardModel",
+    "check_terms",
     "learn",
     "learn_from_run",
     "load_reward",
     "outdated_stages",
     "read_measured",
+    "read_terms",
+    "scorer",
     "train",
 ]
-MODEL = f"{WEIGHTS[1]}.safetensors"
 REWARDS = Path("cache") / "rewards.safetensors"  # of all images of a run, in the store's order
 
 
@@ -51,25 +53,31 @@ def learn(folder: Path, clip: CLIP, settings: dict[str, Any], log: Callable[[dic
     for name, weight in weights.items():
         models[name] = train(data, settings, weight, log if not models else lambda row: None)
     model = next(iter(models.values()))
-    good = [label > 0.5 for label in data.labels.values()]
-    measured = {
-        "labels": len(good),
-        "good_fraction": sum(good) / len(good),
-        "held_out": {
-            name: {
-                "labels": len(rows),
-                "prompts": len({data.prompts[i] for i in rows}),
-                "good_fraction": sum(data.labels[i] > 0.5 for i in rows) / len(rows),
-            }
-            for name, rows in data.held_out.items()
-        },
-        "measured": judge_rewards(data, models),
-        "settings": {setting.name: settings[setting.name] for setting in of_stage("reward")},
-    }
+    measured = counted(data.labels, data.prompts, data.split, settings) | {"measured": judge_rewards(data, models)}
     everything = torch.arange(len(data.images)), data.columns[:, :1]
     rewards = rewards_of(model, data.images, data.texts, *(rows.to(data.images.device) for rows in everything))
     write_reward(folder, model, measured, rewards[:, 0])
     return measured
+
+
+def counted(
+    labels: Mapping[int, float], prompts: Mapping[int, object], split: Split, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """What is said of the labels, by row, and of those held out; prompts: what tells the prompts of rows apart."""
+    good = [label > 0.5 for label in labels.values()]
+    return {
+        "labels": len(good),
+        "good_fraction": sum(good) / len(good) if good else None,
+        "held_out": {
+            name: {
+                "labels": len(rows),
+                "prompts": len({prompts[i] for i in rows}),
+                "good_fraction": sum(labels[i] > 0.5 for i in rows) / len(rows),
+            }
+            for name, rows in split.judging.items()
+        },
+        "settings": {setting.name: settings[setting.name] for setting in of_stage("reward")},
+    }
 
 
 def train(
@@ -129,19 +137,10 @@ def read_measured(folder: Path) -> dict[str, Any]:
     return measured
 
 
-def load_reward(folder: Path, device: torch.device | str = "cpu") -> RewardModel:
-    """The reward model of a folder; InputError where its weights are not those that were measured."""
-    measured = folder / "held_out.json"
-    expected = read_json(measured).get("sha256") if measured.exists() else None
-    if expected is not None and checksum(folder / MODEL) != expected:
-        raise InputError(f"{folder / MODEL}: damaged: its SHA-256 is not that in held_out.json; learn it again")
-    return RewardModel.from_pretrained(folder, device=device)
-
-
-def labels_digest(folder: Path, soft: bool) -> dict[str, str]:
-    """What stands for the images and the labels that a reward model is made from; InputError where there are none."""
+def labels_digest(folder: Path, soft: bool, needed: bool = True) -> dict[str, str]:
+    """What stands for the images and the labels of a run; InputError where labels are `needed` and there are none."""
     content, _, labels = read_labels(folder, soft)
-    if not labels:
+    if needed and not labels:
         check_labels(folder, labels, 0)
     return {"images": digest(json.dumps(content)), "labels": digest(json.dumps(sorted(labels.items())))}
 
@@ -150,23 +149,49 @@ def outdated_stages(run: Run) -> list[str]:
     """In words, which stages of a run were made from labels or rewards that have changed since."""
     found = {}
     if "reward" in run.stages:
-        found["reward"] = run.outdated("reward", **labels_digest(run.folder, run.settings.get("soft", False)))
+        found["reward"] = run.outdated("reward", **labels_digest(run.folder, run.settings.get("soft", False), False))
     if "finetune" in run.stages and (run.folder / REWARDS).exists():
         found["finetune"] = run.outdated("finetune", rewards=file_digest(run.folder / REWARDS))
     return [f"stage {name} is out of date: {why}; {REDO}" for name, why in found.items() if why]
 
 
 def learn_from_run(run: Run, settings: dict[str, Any], device: torch.device, redo: bool = False) -> None:
-    """Stage 2 of a run, unless it is done: RUN/reward and the rewards of all images."""
-
-    @cache
-    def clip() -> CLIP:
-        return CLIP.from_pretrained(settings["clip"], device=device)
+    """Stage 2 of a run, unless it is done: the rewards of all images, and RUN/reward, which --reward may do without."""
+    rewards = Rewards(run.folder, settings, device)
 
     def inputs() -> dict[str, str]:
-        return labels_digest(run.folder, settings["soft"]) | {"clip": digest(clip_digest(clip()))}
+        made_from = labels_digest(run.folder, settings["soft"], rewards.learned)
+        if rewards.learned:
+            made_from["clip"] = digest(clip_digest(rewards.clip(settings["clip"])))
+        return made_from if rewards.only_learned else made_from | {"reward": rewards.digest()}
 
     why = "a reward model learns from the labels and scores all images"
+    if not rewards.only_learned:
+        why = f"all images are scored by --reward {settings['reward']}"
     with run.stage("reward", why, settings, inputs, redo=redo) as todo:
-        if todo:
-            learn(run.folder, clip(), settings, run.log("reward"))
+        if todo and rewards.learned:
+            learn(run.folder, rewards.clip(settings["clip"]), settings, run.log("reward"))
+        if todo and not rewards.only_learned:
+            score(run.folder, rewards, settings)
+
+
+def score(folder: Path, rewards: Rewards, settings: dict[str, Any]) -> None:
+    """Stage 2 with --reward: the rewards of all images; reward/held_out.json says how they came about.
+
+    What `learn` measured of the model that is one of several terms stays there.
+    """
+    _, stored, labels = read_labels(folder, settings["soft"])
+    prompts = [image.prompt for image in stored]
+    if rewards.learned:  # the same labels are held out from the fit as from the model
+        data = read_labelled(folder, rewards.clip(settings["clip"]), settings)
+        split, measured = data.split, read_measured(folder / "reward")
+    else:
+        known = {i: prompts[i] for i in sorted(labels)}
+        split = split_rows(known, labels, settings["seed"])
+        measured = counted(labels, known, split, settings) | {"measured": {}}
+    reward, terms, found = score_images(rewards, [image.path for image in stored], prompts, labels, split)
+    measured["measured"]["given"] = found
+    write_json(folder / "reward" / "held_out.json", measured | {"terms": terms})
+    if found:
+        plot_calibration(folder / "reward" / "calibration.png", measured["measured"])
+    write_tensors(folder / REWARDS, {"reward": reward})

@@ -17,7 +17,7 @@ from ..engine.run import is_run, opened
 from ..engine.settings import add_flags, add_run_flags, given
 from ..files import InputError
 from ..pages.cards import reward_table
-from . import learn_from_run, read_measured
+from . import check_terms, learn_from_run, read_measured, read_terms
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -34,7 +34,9 @@ def main() -> None:
     if not is_run(args.run):
         raise InputError(f"{args.run}: not a run; accepted: a run of generate, or label --import FILE")
     with opened(args.run) as run:
-        settings = run.resolve(given(args), embedded=bool(run.world))
+        flags = given(args)
+        settings = run.resolve(flags, embedded=bool(run.world))
+        check_terms(read_terms(settings["reward"], args.run), named="reward" in flags)
         learn_from_run(run, settings, device, args.redo)
     print(f"\n{reward_table(read_measured(args.run / 'reward'))}\n\n{args.run / 'reward'}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,11 @@ class Split(NamedTuple):
     known: list[int]
     new: list[int]
 
+    @property
+    def judging(self) -> dict[str, list[int]]:
+        """The rows of labels that judge, by PARTS; a part without any is missing."""
+        return {name: rows for name, rows in zip(PARTS, self[1:]) if rows}
+
 
 def split_labels(prompts: Sequence[object], seed: int) -> Split:
     """Hold out some prompts whole and some images of the others; `prompts` are anything that tells prompts apart.
@@ -46,6 +51,15 @@ def split_labels(prompts: Sequence[object], seed: int) -> Split:
     rng.shuffle(rest)
     judging = round(HELD_OUT * len(rest))
     return Split(sorted(rest[judging:]), sorted(rest[:judging]), new)
+
+
+def split_rows(known: Mapping[int, object], labels: Mapping[int, float], seed: int) -> Split:
+    """`split_labels` of rows by what tells their prompts apart; nothing is held out where labels are too few for it."""
+    rows = list(known)
+    split = Split(*([rows[i] for i in part] for part in split_labels(list(known.values()), seed)))
+    if len({labels[i] > 0.5 for i in split.learn}) < len({labels[i] > 0.5 for i in rows}):
+        return Split(rows, [], [])
+    return split
 
 
 def read_labels(folder: Path, soft: bool = False) -> tuple[list[Any], list[StoredImage], dict[int, float]]:
@@ -121,8 +135,7 @@ class Labelled(NamedTuple):
 
     @property
     def held_out(self) -> dict[str, list[int]]:
-        """The rows of labels that judge, by PARTS; a part without any is missing."""
-        return {name: rows for name, rows in zip(PARTS, (self.split.known, self.split.new)) if rows}
+        return self.split.judging
 
 
 def read_labelled(folder: Path, clip: CLIP, settings: dict[str, Any]) -> Labelled:
@@ -133,10 +146,7 @@ def read_labelled(folder: Path, clip: CLIP, settings: dict[str, Any]) -> Labelle
     tokens = {text: tuple(row) for text, row in zip(unique, clip.tokenizer(unique).tolist())} if unique else {}
     known = {i: tokens[prompts[i]] for i in sorted(labels)}
     check_labels(folder, labels, len(set(known.values())))
-    rows = list(known)
-    split = Split(*([rows[i] for i in part] for part in split_labels(list(known.values()), settings["seed"])))
-    if len({labels[i] > 0.5 for i in split.learn}) < len({labels[i] > 0.5 for i in rows}):
-        split = Split(rows, [], [])  # too few labels to spare any
+    split = split_rows(known, labels, settings["seed"])
     among = list(dict.fromkeys(prompts[i] for i in split.learn))
     texts, columns = contrastive_table(prompts, among, tokens, settings["seed"])
     paths = [image.path for image in stored]

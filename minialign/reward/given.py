@@ -1,0 +1,312 @@
+"""Rewards that a run does not learn: reward models, CLIP scores and functions, several with weights (--reward).
+
+    r(x,z) = sum_i w_i r_i(x,z) / sum_i w_i,   each r_i in [0,1]
+
+The loss weighs an image by r: 0 leaves it out, 1 counts it whole. Dividing by the sum of the weights keeps r in [0,1],
+so that beta and the learning rate mean the same with any reward.
+
+A reward model's r_i counts as it is, and so do a function's numbers where all images of the run have one in [0,1]. All
+other numbers are brought there in their own order: by a logistic regression on the run's labels, where there are FEWEST
+of both kinds together, else by an image's rank among the images of its prompt.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..data import open_image
+from ..data.cache import clip_digest, features
+from ..engine.optimising import progress
+from ..engine.run import digest, file_digest
+from ..files import InputError, checksum, first_line, read_json
+from ..measures import measure, platt
+from ..models.clip import CLIP
+from ..models.pretrained import WEIGHTS
+from ..models.reward import RewardModel
+from .labels import FEWEST, Split
+
+MODEL = f"{WEIGHTS[1]}.safetensors"
+LEARNED, CLIP_SCORE = "learned", "clip-score"  # the model that the run learns from its labels; CLIP's cosine
+AS_IT_IS, FITTED, RANKED = "as it is", "fitted to the labels", "rank within its prompt"
+ACCEPTED = (
+    "learned, clip-score, clip-score:CLIP, a reward model's folder, module:function or FILE.py:function, several "
+    "parted by commas, each with =WEIGHT behind it or without"
+)
+BATCH = 32  # images that a function gets at once
+
+
+class Term(NamedTuple):
+    """One reward and its weight, a number above 0."""
+
+    what: str
+    weight: float
+
+    @property
+    def is_function(self) -> bool:
+        return ":" in self.what and not self.what.startswith(f"{CLIP_SCORE}:") and not Path(self.what).is_dir()
+
+    @property
+    def is_model(self) -> bool:
+        return self.what == LEARNED or (self.what != CLIP_SCORE and Path(self.what).is_dir())
+
+
+def read_terms(text: str | None, folder: Path) -> list[Term]:
+    """The terms of --reward; None stands for the model that the run `folder` learns. InputError names what is none."""
+    terms = []
+    for part in (text or LEARNED).split(","):
+        what, equals, number = part.strip().rpartition("=")
+        if not equals or "/" in number:  # a path may have a = in it
+            what, number = part.strip(), "1"
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not 0 < weight < math.inf:
+            raise InputError(f"--reward {part.strip()}: weight {number!r}; accepted: a number above 0")
+        if what and Path(what).resolve() == (folder / "reward").resolve():
+            what = LEARNED
+        term = Term(what, weight)
+        known = what == CLIP_SCORE or what.startswith(f"{CLIP_SCORE}:") or term.is_model or term.is_function
+        if not what or not known or what.endswith(":"):
+            raise InputError(f"--reward {what or part}: not found; accepted: {ACCEPTED}")
+        terms.append(term)
+    return terms
+
+
+def check_terms(terms: Sequence[Term], named: bool) -> None:
+    """InputError where a reward cannot be loaded, or would run code that this command does not name itself."""
+    for term in terms:
+        if term.is_function and not named:
+            raise InputError(
+                f"--reward {term.what}: the run remembers it, but it is code, which runs only where the command names "
+                "it; accepted: the same command with --reward"
+            )
+        if term.is_function:
+            load_function(term.what)
+        elif term.is_model and term.what != LEARNED:
+            load_reward(Path(term.what))
+
+
+def load_reward(folder: Path, device: torch.device | str = "cpu") -> RewardModel:
+    """The reward model of a folder; InputError where its weights are not those that were measured."""
+    measured = folder / "held_out.json"
+    expected = read_json(measured).get("sha256") if measured.exists() else None
+    if expected is not None and checksum(folder / MODEL) != expected:
+        raise InputError(f"{folder / MODEL}: damaged: its SHA-256 is not that in held_out.json; learn it again")
+    return RewardModel.from_pretrained(folder, device=device)
+
+
+def load_function(what: str) -> tuple[Callable[..., Any], Path]:
+    """The function "module:function" or "FILE.py:function", and the file that it is in; this runs the file."""
+    place, _, name = what.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+        function, file = getattr(module, name), Path(str(module.__file__))
+    except Exception as error:
+        raise InputError(f"--reward {what}: cannot be loaded ({_told(error)}); accepted: {ACCEPTED}") from error
+    if not callable(function):
+        raise InputError(f"--reward {what}: not a function; accepted: one of (images, prompts) that returns numbers")
+    return function, file
+
+
+def call_function(what: str, paths: Sequence[Path], prompts: Sequence[str]) -> Tensor:
+    """What a function says (B,) of image files for their prompts; it gets lists of PIL images and of strings.
+
+    InputError where it fails, or does not return one finite number for each image.
+    """
+    function, found = load_function(what)[0], []
+    for start in progress(range(0, len(paths), BATCH), what):
+        part = paths[start : start + BATCH]
+        try:
+            with torch.no_grad():
+                numbers = function([open_image(path) for path in part], list(prompts[start : start + BATCH]))
+            numbers = torch.as_tensor(numbers).detach().to("cpu", torch.float64).reshape(-1)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"--reward {what}: failed on {part[0]} ... ({_told(error)})") from error
+        if len(numbers) != len(part):
+            raise InputError(f"--reward {what}: {len(numbers)} numbers for {len(part)} images; accepted: one for each")
+        if not numbers.isfinite().all():
+            wrong = int((~numbers.isfinite()).nonzero()[0])
+            raise InputError(f"--reward {what}: {numbers[wrong]} for {part[wrong]}; accepted: finite numbers")
+        found.append(numbers)
+    return torch.cat(found) if found else torch.empty(0)
+
+
+def _told(error: Exception) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {first_line(error)}, {last.filename}:{last.lineno}"
+
+
+# ----------------------------------------------------------------------------------------------------- raw numbers
+class Rewards:
+    """The terms of a run's --reward: what they depend on, and the numbers that they give images.
+
+    Each CLIP is loaded once. Features of the run's own CLIP are in cache/features.safetensors, of another one beside.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], device: torch.device):
+        self.terms = read_terms(settings["reward"], folder)
+        self.folder, self.settings, self.device = folder, settings, device
+        self._clips: dict[str | None, CLIP] = {}
+
+    @property
+    def learned(self) -> bool:
+        """Whether the model that the run learns from its labels is one of them."""
+        return any(term.what == LEARNED for term in self.terms)
+
+    @property
+    def only_learned(self) -> bool:
+        return all(term.what == LEARNED for term in self.terms)
+
+    def clip(self, source: str | None) -> CLIP:
+        if source not in self._clips:
+            self._clips[source] = CLIP.from_pretrained(source, device=self.device)
+        return self._clips[source]
+
+    def digest(self) -> str:
+        """What stands for the terms: weights, and the content of models and of files of functions."""
+        parts = []
+        for term in self.terms:
+            parts.append(f"{term.weight}")
+            if term.is_function:
+                parts += [term.what.rpartition(":")[2], file_digest(load_function(term.what)[1])]
+            elif term.what == LEARNED:
+                parts.append(LEARNED)
+            elif term.is_model:
+                source = load_reward(Path(term.what)).config.get("clip")
+                parts += [file_digest(Path(term.what) / MODEL), clip_digest(self.clip(source)).hex()]
+            else:
+                parts += [CLIP_SCORE, clip_digest(self.clip(self._source(term))).hex()]
+        return digest(*parts)
+
+    def _source(self, term: Term) -> str | None:
+        """The CLIP of a CLIP score: the one that is named, else the run's."""
+        return term.what.partition(":")[2] or self.settings["clip"]
+
+    @torch.no_grad()
+    def raw(self, term: Term, paths: Sequence[Path], prompts: Sequence[str]) -> Tensor:
+        """The numbers (B,) of a term for image files and their prompts, on the CPU."""
+        if term.is_function:
+            return call_function(term.what, paths, prompts)
+        if term.is_model:
+            own = term.what == LEARNED
+            model = load_reward(self.folder / "reward" if own else Path(term.what), self.device)
+            source = self.settings["clip"] if own else model.config.get("clip")
+            return model(*self._embedded(source, paths, prompts)).cpu()
+        return torch.cosine_similarity(*self._embedded(self._source(term), paths, prompts)).cpu()
+
+    def _embedded(self, source: str | None, paths: Sequence[Path], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """CLIP embeddings of images and of their prompts, both (B,E)."""
+        clip = self.clip(source)
+        name = "features" if source == self.settings["clip"] else f"features-{clip_digest(clip).hex()[:8]}"
+        row = {text: i for i, text in enumerate(dict.fromkeys(prompts))}
+        images, texts = features(self.folder / "cache" / f"{name}.safetensors", clip, paths, list(row))
+        return images.to(self.device), texts[[row[text] for text in prompts]].to(self.device)
+
+
+# ------------------------------------------------------------------------------------------------------- to [0,1]
+def scale_of(term: Term, raw: Tensor, prompts: Sequence[str], labels: Mapping[int, float]) -> dict[str, Any]:
+    """How the numbers (B,) of a term come to [0,1]: `how`, and a and b of a fit.
+
+    labels: by row, of those that may be learned from. InputError where nothing can be said, or the labels contradict.
+    """
+    if term.is_model or (term.is_function and bool(((raw >= 0) & (raw <= 1)).all())):
+        return {"how": AS_IT_IS}
+    rows = sorted(labels)
+    if len(rows) >= FEWEST and len({labels[i] > 0.5 for i in rows}) == 2:
+        a, b = platt(raw[rows], torch.tensor([labels[i] for i in rows]))
+        if a <= 0:
+            raise InputError(
+                f"--reward {term.what}: by {len(rows)} labels of the run a higher number is no better; accepted: "
+                "another reward, or more labels"
+            )
+        return {"how": FITTED, "a": a, "b": b}
+    if len(set(prompts)) == len(prompts):
+        raise InputError(
+            f"--reward {term.what}: numbers that are not in [0,1] need labels to be fitted to ({FEWEST} of both "
+            "kinds), or several images of a prompt to be ranked among"
+        )
+    return {"how": RANKED}
+
+
+def to_unit(raw: Tensor, prompts: Sequence[str], scale: Mapping[str, Any]) -> Tensor:
+    """Numbers (B,) of images brought to [0,1] by a `scale_of`, in float32."""
+    if scale["how"] == FITTED:
+        return (scale["a"] * raw.double() + scale["b"]).sigmoid().float()
+    return rank_within(raw, prompts) if scale["how"] == RANKED else raw.float().clamp(0, 1)
+
+
+def rank_within(score: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The fraction (B,) of the images of its prompt that an image scores above, equal ones and itself counting half.
+
+    The mean over the images of a prompt is 1/2, whatever their number.
+    """
+    rows: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(i)
+    rank = torch.empty(len(score))
+    for same in rows.values():
+        own = score[same]
+        _, place, count = torch.unique(own, return_inverse=True, return_counts=True)
+        rank[same] = ((count.cumsum(0) - count / 2) / len(same))[place].float()
+    return rank
+
+
+def weighted(terms: Sequence[Term], parts: Sequence[Tensor]) -> Tensor:
+    """sum_i w_i r_i / sum_i w_i of the rewards r_i (B,) of the terms."""
+    total = sum(term.weight for term in terms)
+    return torch.stack([term.weight / total * part for term, part in zip(terms, parts)]).sum(0)
+
+
+def score_images(
+    rewards: Rewards, paths: Sequence[Path], prompts: Sequence[str], labels: Mapping[int, float], split: Split
+) -> tuple[Tensor, list[dict[str, Any]], dict[str, Any]]:
+    """Rewards (N,) of a run's images, how each term came to [0,1], and how well they predict the held-out labels.
+
+    labels: by row, of which those in `split.learn` may be fitted to; the others judge.
+    """
+    parts, said = [], []
+    for term in rewards.terms:
+        raw = rewards.raw(term, paths, prompts)
+        scale = scale_of(term, raw, prompts, {i: labels[i] for i in split.learn})
+        parts.append(to_unit(raw, prompts, scale))
+        said.append({"what": term.what, "weight": term.weight, **scale})
+    reward = weighted(rewards.terms, parts)
+    found = {
+        part: measure(reward[rows], torch.tensor([labels[i] for i in rows])) for part, rows in split.judging.items()
+    }
+    return reward, said, found
+
+
+def scorer(
+    folder: Path, settings: Mapping[str, Any], device: torch.device, named: bool
+) -> Callable[[Sequence[Path], Sequence[str]], Tensor] | None:
+    """What scores other images as a run's own were scored; None where ranks were, which other images do not have."""
+    said = read_json(folder / "reward" / "held_out.json")["terms"]
+    if any(one["how"] == RANKED for one in said):
+        return None
+    rewards = Rewards(folder, settings, device)
+    check_terms(rewards.terms, named)
+
+    def score(paths: Sequence[Path], prompts: Sequence[str]) -> Tensor:
+        raw = (rewards.raw(term, paths, prompts) for term in rewards.terms)
+        return weighted(rewards.terms, [to_unit(numbers, prompts, one) for numbers, one in zip(raw, said)])
+
+    return score
