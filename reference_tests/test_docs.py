@@ -22,6 +22,8 @@ from helpers import SMALL, pretraining_pairs
 from helpers import flags as words_of
 from torch.distributed.run import get_args_parser
 
+import minialign
+from minialign import reward_weighted_loss
 from minialign.engine.settings import RECIPES, SETTINGS
 from minialign.evaluate.__main__ import main as evaluate
 from minialign.finetune.__main__ import main as finetune
@@ -41,13 +43,44 @@ LINKED = re.compile(r"\[`?[\w./]+`?\]\(([\w./]+\.py)\)")
 
 
 # ---------------------------------------------------------------------------------------------------- links and names
+def snippets(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page != METHOD], ids=lambda page: page.name)
 def test_python_snippets_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for snippet in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+    for snippet in snippets(page):
+        if "diffusers" in snippet:
+            pytest.importorskip("diffusers")
         exec(compile(snippet, page.name, "exec"), {})
     if page.name == "README.md":
         assert (tmp_path / "stars.png").exists()
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["diffusers", "flow matching"])
+def test_the_loss_in_another_trainer_is_the_formula(number, monkeypatch):
+    """Both steps of each example of docs/embedding.md: the value, row by row in float64, and that weights move."""
+    snippet, seen = snippets(ROOT / "docs" / "embedding.md")[number], []
+    if number == 0:
+        pytest.importorskip("diffusers")
+        assert "UNet2DConditionModel(" in snippet and "noise_scheduler.add_noise(" in snippet
+
+    def recorded(prediction, target, reward, pretrain, beta):
+        loss = reward_weighted_loss(prediction, target, reward, pretrain, beta=beta)
+        seen.append((prediction.detach().clone(), target.clone(), reward, pretrain, beta, loss.item()))
+        return loss
+
+    monkeypatch.setattr(minialign, "reward_weighted_loss", recorded)
+    names: dict[str, Any] = {}
+    exec(compile(snippet, "embedding.md", "exec"), names)
+    for prediction, target, reward, pretrain, beta, loss in seen:
+        errors = [float(((t.double() - p.double()) ** 2).mean()) for p, t in zip(prediction, target)]
+        of_model = [float(r) * e for r, e, pair in zip(reward, errors, pretrain) if not pair]
+        of_pairs = [beta * e for e, pair in zip(errors, pretrain) if pair]
+        assert loss == pytest.approx(sum(of_model) / len(of_model) + sum(of_pairs) / len(of_pairs), rel=1e-5)
+    assert len(seen) == 2 and seen[0][5] != seen[1][5]
+    assert names["optimizer"].state_dict()["state"][0]["step"] == 2
 
 
 def sections(page: Path) -> dict[str, str]:

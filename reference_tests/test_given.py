@@ -253,7 +253,10 @@ def test_the_main_job_runs_by_a_function_without_a_label(tmp_path, capsys):
 
 
 def test_the_clip_score_orders_images_as_the_labels_do(run, capsys):
-    assert command(main, capsys, run, "--reward", "clip-score")[0] == 0
+    code, out, err = command(main, capsys, run, "--reward", "clip-score", "--export", run.parent / "weights.csv")
+    assert code == 0 and f"{run.parent / 'weights.csv'}: 48 images" in out, err
+    code, _, err = command(main, capsys, run, "--export", run.parent / "weights.csv")
+    assert code == 2 and "weights.csv: is there; accepted" in err
     store = FeedbackStore(run)
     labels = store.labels()
     rows = [i for i, image in enumerate(store.images()) if image.id in labels]

@@ -244,7 +244,12 @@ def test_the_command_learns_from_the_store(run, capsys, monkeypatch):
 
 
 def test_labels_that_come_later_are_told(run, capsys):
-    assert command(main, capsys, run, *SMALL)[0] == 0
+    code, out, err = command(main, capsys, run, *SMALL, "--reward-steps", 20, "--curve")
+    assert code == 0 and "pairs ranked right" in out and "Twice as many labels" in out, err
+    curve = json.loads((run / "reward" / "held_out.json").read_text())["curve"]
+    assert len(curve["labels"]) == 2 and curve["labels"][-1] // 2 == curve["labels"][0] < 44 * 0.8
+    assert {"accuracy", "auc", "pairs", "gain", "splits", "held_out_prompts"} < curve.keys()
+    assert load_reward(run / "reward").config["hidden"] == 32  # is still the one that was measured
     store = FeedbackStore(run)
     store.add_labels("Anna", [(1, "good"), (2, "bad")])
     code, _, err = command(main, capsys, run)

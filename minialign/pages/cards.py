@@ -231,6 +231,34 @@ def _predicts(model: str, found: Mapping[str, Any], reward: Mapping[str, Any]) -
     return f"  {'reward model (lambda 0)' if alone else REWARD_MODELS[model]:23}" + "".join(cells)
 
 
+def curve_table(curve: Mapping[str, Any]) -> str:
+    """How well a reward predicts held-out labels by the number that it learned from, and what twice as many bring."""
+    lines = [f"{'labels':>8}{'accuracy':>22}{'AUC':>24}{'pairs ranked right':>24}"]
+    for i, labels in enumerate(curve["labels"]):
+        cells = []
+        for key, percent in (("accuracy", True), ("auc", False), ("pairs", True)):
+            ends = curve[key]["ci95"][i]
+            told = f" ({interval(ends, percent)})" if ends else ""
+            cells.append(number(curve[key]["value"][i], percent) + told)
+        lines.append(f"{labels:8,}{cells[0]:>22}{cells[1]:>24}{cells[2]:>24}")
+    splits = f"Means over {curve['splits']} random splits, each with a fifth of the prompts held out, 95 % intervals."
+    return "\n".join([*lines, splits, twice_as_many(curve)])
+
+
+def twice_as_many(curve: Mapping[str, Any]) -> str:
+    """One sentence on what twice as many labels would bring, from the last doubling that was measured."""
+    (before, now), gain = curve["labels"][-2:], curve["gain"]
+    if gain["ci95"] is None:
+        return "What twice as many labels would bring cannot be said: too few splits hold out labels of both kinds."
+    last = (
+        f"the last doubling, from {before:,} to {now:,}, changed the AUC by {difference(gain['value'], False)} (95 % "
+        f"interval {interval(gain['ci95'], False, signed=True)})"
+    )
+    if gain["ci95"][0] <= 0:
+        return f"Twice as many labels: no significant gain expected; {last}."
+    return f"Twice as many labels would bring about as much again or less, by extrapolation: {last}."
+
+
 def reward_card(reward: Mapping[str, Any]) -> str:
     """The README.md of a reward model: what it is, how it was made, what was measured."""
     clip = reward["settings"].get("clip") or "minialign's embedded CLIP"

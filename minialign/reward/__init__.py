@@ -19,6 +19,7 @@ from ..models.clip import CLIP
 from ..models.reward import RewardModel
 from ..pages.cards import reward_card
 from ..pages.figures import plot_calibration
+from .curve import learning_curve
 from .given import LEARNED, MODEL, Rewards, check_terms, load_reward, read_terms, score_images, scorer
 from .labels import Labelled, Split, check_labels, read_labelled, read_labels, split_rows
 from .trainer import rewards_of, train_reward
@@ -32,6 +33,7 @@ __all__ = [
     "learn",
     "learn_from_run",
     "load_reward",
+    "measure_curve",
     "outdated_stages",
     "read_measured",
     "read_terms",
@@ -195,3 +197,9 @@ def score(folder: Path, rewards: Rewards, settings: dict[str, Any]) -> None:
     if found:
         plot_calibration(folder / "reward" / "calibration.png", measured["measured"])
     write_tensors(folder / REWARDS, {"reward": reward})
+
+
+def measure_curve(folder: Path, clip: CLIP, settings: dict[str, Any]) -> None:
+    """Add `learning_curve` on the labels of a run as `curve` to reward/held_out.json."""
+    curve = learning_curve(read_labelled(folder, clip, settings), settings)
+    write_json(folder / "reward" / "held_out.json", read_measured(folder / "reward") | {"curve": curve})

@@ -16,13 +16,18 @@ from ..engine.processes import pick_device
 from ..engine.run import is_run, opened
 from ..engine.settings import add_flags, add_run_flags, given
 from ..files import InputError
-from ..pages.cards import reward_table
-from . import check_terms, learn_from_run, read_measured, read_terms
+from ..models.clip import CLIP
+from ..pages.cards import curve_table, reward_table
+from . import REWARDS, check_terms, learn_from_run, measure_curve, read_measured, read_terms
+from .export import check_place, export_rewards
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="python -m minialign.reward", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run with labels")
+    rows, folders = "image, prompt, reward, weight", "folders of images by repeats, N_reward/"
+    parser.add_argument("--export", type=Path, metavar="FILE", help=f".csv, .tsv, .jsonl: {rows}; else: {folders}")
+    parser.add_argument("--curve", action="store_true", help="measure how the reward gains by more labels")
     add_run_flags(parser)
     add_flags(parser, "reward")
     return parser.parse_args(arguments)
@@ -33,12 +38,21 @@ def main() -> None:
     device = pick_device(args.device)
     if not is_run(args.run):
         raise InputError(f"{args.run}: not a run; accepted: a run of generate, or label --import FILE")
+    if args.export is not None:
+        check_place(args.export)  # a mistake is told before all work
     with opened(args.run) as run:
         flags = given(args)
         settings = run.resolve(flags, embedded=bool(run.world))
         check_terms(read_terms(settings["reward"], args.run), named="reward" in flags)
         learn_from_run(run, settings, device, args.redo)
-    print(f"\n{reward_table(read_measured(args.run / 'reward'))}\n\n{args.run / 'reward'}")
+        if args.curve:
+            measure_curve(run.folder, CLIP.from_pretrained(settings["clip"], device=device), settings)
+        exported = args.export and export_rewards(run.folder, args.export, run.folder / REWARDS)
+    measured = read_measured(args.run / "reward")
+    print(f"\n{reward_table(measured)}\n")
+    if args.curve:
+        print(f"{curve_table(measured['curve'])}\n")
+    print(f"{args.export}: {exported}" if exported else args.run / "reward")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def train_reward(
     balanced: bool = False,
     seed: int = 0,
     log: Callable[[dict[str, float]], None] = lambda row: None,
+    quiet: bool = False,
 ) -> RewardModel:
     """A reward model trained on pairs of the tables images (I,E) and texts (P,E).
 
@@ -53,7 +54,7 @@ def train_reward(
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay, fused=True)
     known = train.label.cpu()  # rows are sampled and sorted on the CPU: no waiting for a device
     how = weight_of_classification, temperature
-    for step in progress(range(steps), "reward"):
+    for step in range(steps) if quiet else progress(range(steps), "reward"):
         rows = sample_rows(known, batch_size, balanced, generator(seed, step))
         mse, classification = reward_losses(model, images, texts, train, rows, known, *how)
         (mse + weight_of_classification * classification).backward()
