@@ -2,7 +2,7 @@
 
 The trainer's own step (minialign/finetune/loop.py, `step_loss` and `State.update`) runs on torch's fake tensors, which
 have a shape and no content, and the bytes of every tensor are counted while it lives by what counts them for real ones
-(`pairs.peak_memory`). The tables go to stdout and between two marks of docs/stable-diffusion.md.
+(`counts.peak_memory`). The tables go to stdout and between two marks of docs/stable-diffusion.md.
 
 The tensors are of the CPU, whose operations keep what CUDA's keep but for norms under autocast (`as_on_cuda`).
 Attention is the fused one, which keeps its result and a number a row, as CUDA's flash and memory-efficient kernels do.
@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pairs import VAE_CONFIG, Memory, peak_memory
+from configs import SD1_UNET, VAE_CONFIG
+from counts import Memory, peak_memory
 from report import DOCS, _table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -59,7 +60,7 @@ class Model:
 
 SD1 = Model(
     "Stable Diffusion 1.x, 512 px",
-    {"cross_attention_dim": 768},
+    SD1_UNET,
     (4, 64, 64),
     ((77, 768),),
     ((TextEncoder, CLIP_L),),

@@ -1,14 +1,22 @@
-"""The measured part of docs/benchmarks.md from saved runs: python bench/report.py bench.json [more.json ...]
+"""What saved benchmarks say.
 
-Made by `pytest bench/ --benchmark-json=bench.json`. Where a benchmark is in several files the last one counts. What is
-written by hand stays; the tables go between the two marks, the picture to docs/scaling.png.
+    python bench/report.py NEW.json             writes the measured part of docs/benchmarks.md
+    python bench/report.py OLD.json NEW.json    prints what changed, and what of it is beyond noise
+
+The files are made by `pytest bench/ --benchmark-json=NEW.json`. Each machine, device and dtype has a section of its
+own, which takes the place of its older one; --more adds what other runs on the same machine measured. What is written
+by hand stays: the tables stand between two marks, and the picture in docs/scaling.png.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import re
+import statistics
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +24,134 @@ from minialign.pages import figures
 
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- measured: python bench/report.py -->", "<!-- end of what was measured -->"
+TITLE = "## Measured on "
+COUNTS = {
+    "flops": "FLOPs",
+    "moved": "bytes moved",
+    "operations": "operations",
+    "peak": "peak bytes",
+    "copies": "copies",
+}
+Works = dict[str, dict[str, Any]]
 
 
-def main(paths: list[Path]) -> None:
-    found: dict[str, dict[str, Any]] = {}
-    machine: dict[str, Any] = {}
-    for path in paths:
+# -------------------------------------------------------------------------------------------------- reading saved runs
+def load(path: Path) -> dict[str, Any]:
+    """What pytest-benchmark saved; one line where it did not."""
+    try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        here = saved["machine_info"]
-        if machine and _machine(here) != _machine(machine):
-            sys.exit(f"{path}: measured on another machine, or with other versions, than the file before")
-        machine = here
-        found |= {entry["fullname"]: entry["extra_info"] for entry in saved["benchmarks"]}
-    sweeps = [info for info in found.values() if "sweep" in info]
-    pairs = [info for info in found.values() if "ratio" in info]
-    parts = [_machine(machine), _ratios(pairs), _memory(pairs), _rates(pairs), _notes(list(found.values()))]
+        assert isinstance(saved["benchmarks"], list) and saved["machine_info"]["versions"]
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        sys.exit(f"{path}: is not a file of `pytest bench/ --benchmark-json=FILE`")
+    return saved
+
+
+def works(entries: Iterable[dict[str, Any]]) -> Works:
+    """By name what was measured beside a peer, of both entries of a pair together.
+
+    Each has "ratios", of the peer's time to ours, one a pair; "ours" and "theirs", the median seconds; and what
+    `pairs.compare` kept.
+    """
+    found: Works = {}
+    for info in (entry["extra_info"] for entry in entries if entry["extra_info"].get("pairs")):
+        work = found.setdefault(info["work"], {"pairs": []})
+        pairs = work["pairs"] + info["pairs"]
+        work |= info | {"pairs": pairs, "ratios": [info["times"] * b / a for a, b in pairs]}
+        work["ours"], work["theirs"] = (statistics.median(side) for side in zip(*pairs))
+    return found
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """A 95 % interval of the median by order statistics, whatever the distribution (David & Nagaraja 2003, sec. 7.1).
+
+    Of fewer than six values it is their range, which covers the median less often: in 94 % of cases of five.
+    """
+    ordered, n = sorted(values), len(values)
+    below = [sum(math.comb(n, i) for i in range(k + 1)) / 2**n for k in range(n // 2)]  # P(at most k of n are below)
+    k = max(sum(p <= 0.025 for p in below) - 1, 0)
+    return ordered[k], ordered[n - 1 - k]
+
+
+def machine(info: dict[str, Any]) -> str:
+    cpu = f"{info['cpu'].get('count')} cores of {info['cpu'].get('brand_raw', info.get('machine'))}"
+    return f"{info.get('gpu', cpu)}, {info['dtype']}"
+
+
+# --------------------------------------------------------------------------------------------------------- what changed
+def changes(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Counts that differ, ratios with their intervals, and which of those are beyond noise."""
+    before, after = works(old["benchmarks"]), works(new["benchmarks"])
+    lines = []
+    for what in ("versions", "threads"):
+        if old["machine_info"][what] != new["machine_info"][what]:
+            lines.append(f"{what}: {old['machine_info'][what]} -> {new['machine_info'][what]}")
+    if machine(old["machine_info"]) != machine(new["machine_info"]):
+        lines.append(f"not one machine: {machine(old['machine_info'])} -> {machine(new['machine_info'])}")
+    both = [work for work in before if work in after]
+    lines += ["", "counts of minialign, which no machine changes:", *_changed_counts(both, before, after)]
+    lines += ["", "ratios peer / minialign, medians with 95 % intervals; beyond noise where these do not overlap:"]
+    lines += [_changed_ratio(work, before[work]["ratios"], after[work]["ratios"]) for work in both]
+    lines += [f"  only in the {name}: {work}" for name, a, b in (("old", before, after), ("new", after, before))
+              for work in a if work not in b]  # fmt: skip
+    return "\n".join(lines).lstrip("\n")
+
+
+def _changed_counts(both: Sequence[str], before: Works, after: Works) -> list[str]:
+    lines, equal = [], 0
+    for work in both:
+        if "counts" in before[work] and "counts" in after[work]:
+            a, b = (side[work]["counts"]["minialign"] for side in (before, after))
+            changed = [key for key in COUNTS if a[key] != b[key]]
+            equal += len(COUNTS) - len(changed)
+            for key in changed:
+                more = f" ({b[key] / a[key] - 1:+.2%})" if a[key] else ""
+                lines.append(f"  {work}: {COUNTS[key]} {a[key]:,} -> {b[key]:,}{more}")
+    return [*lines, f"  {equal} counts are equal"]
+
+
+def _changed_ratio(work: str, old: Sequence[float], new: Sequence[float]) -> str:
+    (low, high), (new_low, new_high) = median_interval(old), median_interval(new)
+    told = [
+        f"{statistics.median(v):.2f} [{a:.2f}, {b:.2f}]" for v, a, b in ((old, low, high), (new, new_low, new_high))
+    ]
+    verdict = "faster, beyond noise" if new_low > high else "SLOWER, beyond noise" if new_high < low else "within noise"
+    return f"  {work}: {' -> '.join(told)}: {verdict}"
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+def section(runs: Sequence[dict[str, Any]]) -> str:
+    """The section of a machine from runs that measured different things; of what several measured the last counts."""
+    info, entries = runs[-1]["machine_info"], {entry["fullname"]: entry for run in runs for entry in run["benchmarks"]}
+    found, others = works(entries.values()), [entry["extra_info"] for entry in entries.values()]
+    parts = [f"{TITLE}{machine(info)}", _details(info, runs[-1].get("datetime", "")[:10])]
+    parts += [_ratios(found), _memory(found), _limits(found), _alone(entries.values()), _notes(others)]
+    sweeps = [other for other in others if "sweep" in other]
     if sweeps:
         _plot(sweeps, DOCS / "scaling.png")
         parts.append(_slopes(sweeps))
+    return "\n\n".join(part for part in parts if part)
+
+
+def write(text: str) -> None:
+    """Put a section of a machine into the page, in the place of an older one of the same title."""
     path = DOCS / "benchmarks.md"
-    text = path.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    body = "\n\n".join(part for part in parts if part)
-    path.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
-
-
-def _machine(machine: dict[str, Any]) -> str:
-    cpu = machine.get("cpu", {})
-    versions = [f"{name} {number}" for name, number in machine["versions"].items()]
-    flags = set(cpu.get("flags", []))
-    known = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    return (
-        f"Machine: {cpu.get('count')} cores of {cpu.get('brand_raw', machine.get('machine'))} ({', '.join(known)}), "
-        f"{machine['threads']} torch threads; Python {machine['python_version']}, {', '.join(versions)}."
+    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
+    measured, after = rest.split(END)
+    sections = [part.strip() for part in re.split(f"^(?={TITLE})", measured, flags=re.M) if part.strip()]
+    titles = [part.splitlines()[0] for part in sections]
+    title = text.splitlines()[0]
+    place = titles.index(title) if title in titles else len(titles)
+    sections[place : place + 1] = [text]
+    path.write_text(
+        f"{before}{BEGIN}\n\n{chr(10).join(f'{part}{chr(10)}' for part in sections)}\n{END}{after}", "utf-8"
     )
+
+
+def _details(info: dict[str, Any], date: str) -> str:
+    known = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in info["cpu"].get("flags", [])]
+    versions = ", ".join(f"{name} {number}" for name, number in info["versions"].items())
+    python = f"Python {info['python_version']}"
+    return f"{date}: {', '.join([*known, '{} torch threads'.format(info['threads'])])}; {python}, {versions}."
 
 
 def _seconds(value: float) -> str:
@@ -67,47 +169,64 @@ def _goal(value: float, goal: float | None, most: bool = False) -> str:
     return f"{goal} {'met' if (value <= goal if most else value >= goal) else 'missed'}"
 
 
-def _ratios(pairs: list[dict[str, Any]]) -> str:
+def _ratios(found: Works) -> str:
     rows = []
-    for p in pairs:
-        spread = "–".join(f"{value:.2f}" for value in p.get("quartiles", []))
-        ratio = f"{p['ratio']:.2f}" if p["ratio"] < 10 else f"{p['ratio']:.0f}"
-        times = [_seconds(p["ours"]), _seconds(p["theirs"])]
-        rows.append([p["work"], ratio, spread, _goal(p["ratio"], p["goal"]), *times])
-    header = ["work", "peer / minialign", "quartiles", "goal", "minialign", "peer"]
-    return "### Time\n\n" + _table(header, rows) if rows else ""
+    for name, work in found.items():
+        low, ratio, high = statistics.quantiles(work["ratios"], n=4)
+        told = f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+        ends = "–".join(f"{value:.2f}" for value in (low, high))
+        times = [_seconds(work["ours"]), _seconds(work["theirs"])]
+        rows.append([name, told, ends, str(len(work["ratios"])), _goal(ratio, work["goal"]), *times])
+    header = ["work", "peer / minialign", "quartiles", "pairs", "goal", "minialign", "peer"]
+    return "### Time beside a peer\n\n" + _table(header, rows) if rows else ""
 
 
-def _memory(pairs: list[dict[str, Any]]) -> str:
-    rows = [
-        [
-            p["work"],
-            f"{p['memory_ratio']:.2f}",
-            _goal(p["memory_ratio"], p["memory_goal"], most=True),
-            f"{p['memory'] / 2**20:.0f} MiB",
-            f"{p['memory_theirs'] / 2**20:.0f} MiB",
-        ]
-        for p in pairs
-        if "memory_ratio" in p
-    ]
+def _memory(found: Works) -> str:
+    rows = []
+    for name, work in found.items():
+        if "counts" in work:
+            mine, peer = (work["counts"][side]["peak"] for side in ("minialign", "peer"))
+            goal = _goal(mine / peer, work["memory_goal"], most=True)
+            rows.append([name, f"{mine / peer:.2f}", goal, f"{mine / 2**20:.0f} MiB", f"{peer / 2**20:.0f} MiB"])
     header = ["work", "minialign / peer", "goal", "minialign", "peer"]
     return "### Peak memory\n\n" + _table(header, rows) if rows else ""
 
 
-def _rates(pairs: list[dict[str, Any]]) -> str:
-    rows = [[p["work"], *(f"{rate:.0%}" for rate in p["of_matmul_rate"])] for p in pairs if "of_matmul_rate" in p]
-    return "### Part of the matmul rate\n\n" + _table(["work", "minialign", "peer"], rows) if rows else ""
+def _limits(found: Works) -> str:
+    """What the device's rates would need for the counted work, as a fraction of what was needed."""
+    rows = []
+    for name, work in found.items():
+        if "counts" in work:
+            sides = [(work["counts"][side], work[key]) for side, key in (("minialign", "ours"), ("peer", "theirs"))]
+            limit = work["limits"]
+            shares = [counts["flops"] / limit["flops"] / seconds for counts, seconds in sides]
+            shares += [counts["moved"] / limit["bytes"] / seconds for counts, seconds in sides]
+            operations = [f"{counts['operations']:,}" for counts, _ in sides]
+            rows.append([name, *(f"{share:.0%}" for share in shares), *operations])
+    header = ["work", "matmul rate: minialign", "peer", "copy rate: minialign", "peer", "operations: minialign", "peer"]
+    return "### Fraction of the device's limits\n\n" + _table(header, rows) if rows else ""
 
 
-def _notes(found: list[dict[str, Any]]) -> str:
+def _alone(entries: Iterable[dict[str, Any]]) -> str:
+    """What has no peer."""
+    rows = []
+    for entry in entries:
+        stats = entry["stats"]
+        if not entry["extra_info"].get("pairs") and "sweep" not in entry["extra_info"] and stats["rounds"] > 1:
+            name = f"{entry['group']}: {entry['param']}" if entry.get("group") else entry["name"]
+            quartiles = f"{_seconds(stats['q1'])}–{_seconds(stats['q3'])}"
+            rows.append([name, _seconds(stats["median"]), quartiles, str(stats["rounds"])])
+    header = ["work", "median", "quartiles", "rounds"]
+    return "### Time of what has no peer\n\n" + _table(header, rows) if rows else ""
+
+
+def _notes(found: Iterable[dict[str, Any]]) -> str:
     return "\n".join(f"- {info['work']}: {info['note']}." for info in found if "note" in info)
 
 
 def _slope(x: list[float], y: list[float]) -> float:
     """Of the line of least squares through the logarithms: 1 is proportional growth."""
-    a, b = [math.log(value) for value in x], [math.log(value) for value in y]
-    mean_a, mean_b = sum(a) / len(a), sum(b) / len(b)
-    return sum((p - mean_a) * (q - mean_b) for p, q in zip(a, b)) / sum((p - mean_a) ** 2 for p in a)
+    return statistics.linear_regression([math.log(value) for value in x], [math.log(value) for value in y]).slope
 
 
 def _slopes(sweeps: list[dict[str, Any]]) -> str:
@@ -139,7 +258,22 @@ def _plot(sweeps: list[dict[str, Any]], path: Path) -> None:
     figures.save(figure, path)
 
 
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("new", nargs="+", type=Path, metavar="FILE", help="one to write the page, two to compare")
+    parser.add_argument("--more", nargs="+", type=Path, default=[], metavar="FILE", help="with one FILE: other runs")
+    given = parser.parse_args(arguments)
+    if len(given.new) > 2 or (given.more and len(given.new) == 2):
+        parser.error("accepted: one file, with --more or without, or two files")
+    runs = [load(path) for path in (*given.more, *given.new)]
+    if len(given.new) == 2:
+        print(changes(*runs))
+        return
+    for path, run in zip(given.more, runs):
+        if machine(run["machine_info"]) != machine(runs[-1]["machine_info"]):
+            sys.exit(f"{path}: measured on another machine than {given.new[0]}")
+    write(section(runs))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    main([Path(argument) for argument in sys.argv[1:]])
+    main()

@@ -51,6 +51,8 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("host")
 @pytest.mark.parametrize("work", SIZES)
 def test_cache(benchmark, tmp_path, work):
     entries, shape, dtype, shards = SIZES[work]
@@ -76,4 +78,4 @@ def test_cache(benchmark, tmp_path, work):
         "note": f"opened in {found['open']:.2f} s, all keys found in {found['rows']:.2f} s, 64 rows of one read in "
         f"{1000 * found['gather 64']:.1f} ms; resident: {sizes}",
     }
-    benchmark.pedantic(cache.Cache, args=(tmp_path,), rounds=3)
+    benchmark.pedantic(cache.Cache, args=(tmp_path,), rounds=5)

@@ -6,6 +6,7 @@ A million images of 100,000 prompts with three million labels by three people, o
 import statistics
 import time
 
+import pytest
 from test_scaling import keep
 
 from minialign.feedback import FeedbackStore
@@ -70,9 +71,42 @@ def measure(folder, images):
     return lines
 
 
+@pytest.fixture(scope="module")
+def million(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store") / "million"
+    build(folder, 1_000_000)
+    return folder
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("name", ["ann", "a new one"])
+def test_the_next_item_of_a_million_images(benchmark, million, name):
+    """Each round a verdict ahead, so that there is another item; `ann` has labelled nearly all images."""
+    benchmark.group = "the next item to label of a million images, three million labels"
+    store = FeedbackStore(million)
+    desk, items = LabelBook(store), []
+
+    def judged():
+        for slot in items[0]["slots"] if items else ():
+            desk.judge(name, slot["id"], "good")
+
+    def following():
+        items[:] = desk.next(name)
+
+    following()
+    benchmark.pedantic(following, setup=judged, rounds=100)
+    store.close()
+    assert len(items) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("host")
 def test_store_with_three_labels_an_image(benchmark, tmp_path):
     points = {}
     for images in (10_000, 100_000, 1_000_000):
         build(tmp_path / str(images), images)
         points[images] = measure(tmp_path / str(images), images)
     keep(benchmark, "the store and the labelling page", "images in the store, three labels each", points)
+    store = FeedbackStore(tmp_path / "100000")
+    benchmark.pedantic(store.images, rounds=5)
+    store.close()

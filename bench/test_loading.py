@@ -1,26 +1,26 @@
 """Loading the whole UNet of Stable Diffusion 1.x (860 million parameters, float32) beside diffusers.
 
-Each load is a process of its own, the two in turn, from the page cache. What is mapped costs nothing until it is read,
-so the time until every weight has been read is measured too. Resident memory is the whole process's, torch included.
+Files are in the page cache. What is mapped costs nothing until it is read, so that the first read of every page and the
+peak of resident memory are measured too, once in a process of its own for each side: pytest bench/test_loading.py
 """
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 
 import pytest
 import torch
+from configs import SD1_UNET
 
-from minialign.models.pretrained import save_network
+from minialign.models.pretrained import WEIGHTS, load_network, save_network
 from minialign.models.unet import UNet
 
-PAIRS = 5
+diffusers = pytest.importorskip("diffusers")
 LOADERS = {
     "minialign": "from minialign.models.pretrained import WEIGHTS, load_network\n"
     "from minialign.models.unet import UNet\n"
-    "def load(folder): return load_network(UNet, folder, WEIGHTS[0])",
+    "def load(folder): return load_network(UNet, Path(folder), WEIGHTS[0])",
     "diffusers": "from diffusers import UNet2DConditionModel\n"
     "def load(folder): return UNet2DConditionModel.from_pretrained(folder)",
 }
@@ -29,15 +29,14 @@ import gc, json, sys, time
 from pathlib import Path
 import torch
 gc.collect()  # of what the imports left, which else meets either side by chance
-before = time.perf_counter()
-unet = load(Path(sys.argv[1]))
-loaded = time.perf_counter()
+begin = time.perf_counter()
+unet = load(sys.argv[1])
 with torch.no_grad():
     total = sum(float(p.flatten()[::1024].sum()) for p in unet.parameters())  # a number of every page
-read = time.perf_counter()
+read = time.perf_counter() - begin
 status = Path("/proc/self/status").read_text()  # ru_maxrss would count the parent's memory too
 peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
-print(json.dumps({"load": loaded - before, "load and read": read - before, "peak": peak, "sum": total}))
+print(json.dumps({"load and read": read, "peak": peak, "sum": total}))
 """
 
 
@@ -45,37 +44,35 @@ print(json.dumps({"load": loaded - before, "load and read": read - before, "peak
 def folder(tmp_path_factory):
     """The released config with random weights."""
     place = tmp_path_factory.mktemp("sd1")
-    config = {"_class_name": "UNet2DConditionModel", "cross_attention_dim": 768, "sample_size": 64}
     with torch.device("meta"):
-        unet = UNet(config)
+        unet = UNet({"_class_name": "UNet2DConditionModel"} | SD1_UNET)
     unet.to_empty(device="cpu")
     for i, p in enumerate(unet.parameters()):
-        torch.nn.init.normal_(p, std=0.02, generator=torch.Generator().manual_seed(i))
+        torch.nn.init.uniform_(p, -0.05, 0.05, generator=torch.Generator().manual_seed(i))
     save_network(unet, place)
     return place
 
 
-def measured(name: str, folder) -> dict[str, float]:
+def alone(name: str, folder) -> dict[str, float]:
     done = subprocess.run([sys.executable, "-c", LOADERS[name] + MEASURE, folder], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_loading_the_unet(benchmark, folder):
-    pytest.importorskip("diffusers")
-    size = os.path.getsize(folder / "diffusion_pytorch_model.safetensors")
-    pairs = [{name: measured(name, folder) for name in list(LOADERS)[:: 1 if i % 2 else -1]} for i in range(PAIRS)]
-    found = {"work": "loading the UNet of Stable Diffusion 1.x, 860 million parameters", "goal": 2, "rounds": PAIRS}
-    ratios = {what: [p["diffusers"][what] / p["minialign"][what] for p in pairs] for what in ("load", "load and read")}
-    low, found["ratio"], high = statistics.quantiles(ratios["load"], n=4)
-    found["quartiles"] = [low, high]
-    for name, side in (("minialign", "ours"), ("diffusers", "theirs")):
-        found[side] = statistics.median(pair[name]["load"] for pair in pairs)
-    peaks = [statistics.median(pair[name]["peak"] for pair in pairs) / size for name in LOADERS]
-    found["note"] = (
-        f"{statistics.median(ratios['load and read']):.2f} times as fast with the first read of every page; peak "
-        f"resident memory {peaks[0]:.3f} of the file (goal 1.15), diffusers {peaks[1]:.3f}"
+@pytest.mark.usefixtures("host")
+def test_loading_the_unet(compare, folder):
+    work = "loading the UNet of Stable Diffusion 1.x, 860 million parameters"
+    found = compare(
+        work,
+        lambda: load_network(UNet, folder, WEIGHTS[0]),
+        lambda: diffusers.UNet2DConditionModel.from_pretrained(folder),
+        goal=2,
+        counted=False,
     )
-    benchmark.extra_info |= found
-    assert len({pair[name]["sum"] for pair in pairs for name in LOADERS}) == 1  # the same weights
-    benchmark.pedantic(measured, args=("minialign", folder), rounds=1)
+    first, second = (alone(name, folder) for name in LOADERS)
+    assert first["sum"] == second["sum"]  # the same weights
+    peaks = [one["peak"] / os.path.getsize(folder / "diffusion_pytorch_model.safetensors") for one in (first, second)]
+    found["note"] = (
+        f"with the first read of every page {first['load and read']:.2f} s, diffusers {second['load and read']:.2f} s; "
+        f"peak resident memory {peaks[0]:.3f} of the file (goal 1.15), diffusers {peaks[1]:.3f}"
+    )

@@ -10,6 +10,7 @@ import hashlib
 import random
 import time
 
+import pytest
 import torch
 
 from minialign import CLIP
@@ -58,6 +59,8 @@ def made_up_run(folder, clip):
     write_tensors(folder / "cache" / "features.safetensors", tensors)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("host")
 def test_learning_from_the_papers_number_of_labels(benchmark, tmp_path, monkeypatch):
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = {"text_config": TEXT_SETTINGS | small, "vision_config": VISION_SETTINGS | small, "projection_dim": WIDTH}

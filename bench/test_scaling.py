@@ -10,9 +10,12 @@ from functools import partial
 
 import pytest
 import torch
-from pairs import UNET, unet
+from configs import UNET
+from pairs import unet
 
 from minialign.feedback import FeedbackStore
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("host")]
 
 
 def seconds(call, rounds=3):
@@ -31,10 +34,9 @@ def step(network, *given):
 
 
 def keep(benchmark, title, unit, points):
-    """points: x -> {line: seconds}."""
+    """points: x -> {line: seconds}, for report.py; what pytest-benchmark tracks is a single point, at the end."""
     lines = {name: [point[name] for point in points.values()] for name in next(iter(points.values()))}
     benchmark.extra_info |= {"sweep": title, "unit": unit, "x": list(points), "lines": lines}
-    benchmark.pedantic(lambda: None, rounds=1)
 
 
 @pytest.mark.parametrize("what", ["batch", "latent size"])
@@ -51,6 +53,7 @@ def test_unet_step(benchmark, what):
         }
     unit = "images in the batch" if what == "batch" else "pixels of the latents, one image"
     keep(benchmark, f"UNet forward + backward by {what}", unit, points)
+    benchmark.pedantic(step, (ours, latents, t, context), rounds=5)
 
 
 def test_store(benchmark, tmp_path):
@@ -67,8 +70,9 @@ def test_store(benchmark, tmp_path):
         labelled = time.perf_counter() - begin
         opened = seconds(lambda store=store: (store.images(), store.labels()))
         points[number] = {"add all images": added, "add a label each": labelled, "open images and labels": opened}
-        store.close()
     keep(benchmark, "the feedback store by images", "images in the store", points)
+    benchmark.pedantic(store.images, rounds=5)
+    store.close()
 
 
 WORKER = """
@@ -101,22 +105,22 @@ dist.destroy_process_group()
 """
 
 
+def run_workers(world):
+    """Seconds of a step in `world` processes, the median of four."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
+    how = {"cwd": os.path.dirname(__file__), "stdout": subprocess.PIPE}
+    command = [sys.executable, "-c", WORKER]
+    workers = [subprocess.Popen(command, env=common | {"RANK": str(rank)}, **how) for rank in range(world)]
+    printed = [worker.communicate(timeout=300)[0] for worker in workers]
+    assert all(worker.returncode == 0 for worker in workers)
+    return float(printed[0])
+
+
 def test_processes(benchmark):
     """A whole step of a global batch of 4, one thread a process, gradients averaged by gloo."""
-    points = {}
-    for world in (1, 2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
-        here = os.path.dirname(__file__)
-        workers = [
-            subprocess.Popen(
-                [sys.executable, "-c", WORKER], env=common | {"RANK": str(rank)}, cwd=here, stdout=subprocess.PIPE
-            )
-            for rank in range(world)
-        ]
-        printed = [worker.communicate(timeout=300)[0] for worker in workers]
-        assert all(worker.returncode == 0 for worker in workers)
-        points[world] = {"minialign": float(printed[0])}
+    points = {1: {"minialign": run_workers(1)}}
+    points[2] = {"minialign": benchmark.pedantic(run_workers, (2,))}
     keep(benchmark, "a fine-tuning step by processes", "processes, one thread each", points)

@@ -1,75 +1,218 @@
-"""What the benchmarks measure with, against numbers counted by hand, and what is made of them and of a run."""
+"""How pairs are timed, and what is made of what the benchmarks measure, and of a run."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
+import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from made_up import HOSTILE, results, sample_pairs, write_run
 from PIL import Image
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 import before_after
+import pairs
 import report
-from pairs import compare_memory, operations, peak_memory
+
+BENCH = Path(__file__).parent.parent / "bench"
 
 
-def test_peak_memory():
-    x = torch.zeros(1000)  # 4,000 bytes that were there before
-
-    def call():
-        y = x + 1
-        y.mul_(2)  # in place
-        z = torch.cat([y, y])  # 12,000 with y
-        del y
-        return z.view(2, 1000)[0] + 1  # 8,000 + 4,000
-
-    assert peak_memory(call) == 12_000
-    assert peak_memory(lambda: x.add_(1)) == 0
-    w = torch.zeros(1000, requires_grad=True)
-    w.grad = torch.zeros(1000)
-    # the graph keeps exp's result; the backward pass adds a cosine and their product; two scalars
-    assert peak_memory(lambda: w.exp().sin().sum().backward()) == 12_008
-    found = {}
-    compare_memory(found, lambda: x + 1, call, goal=0.5)
-    assert found["memory_ratio"] == pytest.approx(1 / 3)
+def entry(name, **more):
+    return {"fullname": name, "name": name, "group": None, "extra_info": {}, "stats": {"rounds": 1}} | more
 
 
-def test_operations():
-    a, b = torch.randn(4, 5, requires_grad=True), torch.randn(5, 6)
-    assert operations(lambda: a @ b) == 2 * 4 * 5 * 6
-    q = torch.randn(2, 3, 16, 8, requires_grad=True)
-    forward = 2 * 2 * 2 * 3 * 16 * 16 * 8  # two products
-    assert operations(lambda: F.scaled_dot_product_attention(q, q, q)) == forward
-    with_backward = operations(lambda: F.scaled_dot_product_attention(q, q, q).sum().backward())
-    assert with_backward == forward + forward * 5 // 2
+def pair(seconds, work="this"):
+    """The two entries of a pair, each with as many rounds: (ours, theirs) in seconds."""
+    info = {"work": work, "goal": 2, "times": 1.0, "pairs": seconds}
+    ours = {"flops": 600, "moved": 4000, "operations": 7, "peak": 2**20, "copies": 0}
+    theirs = ours | {"flops": 1200, "moved": 8000, "operations": 9, "peak": 2**21}
+    counted = {"counts": {"minialign": ours, "peer": theirs}, "memory_goal": 0.4}
+    counted["limits"] = {"flops": 120_000, "bytes": 4_000_000}
+    return [entry(f"{work}[minialign]", extra_info=info | counted), entry(f"{work}[peer]", extra_info=dict(info))]
 
 
-def test_report(tmp_path, monkeypatch):
+def write_saved(path, entries):
+    info = {"python_version": "3", "versions": {"torch": "2"}, "threads": 2, "device": "cpu", "dtype": "float32"}
+    info["cpu"] = {"count": 2, "brand_raw": "a CPU"}
+    path.write_text(json.dumps({"machine_info": info, "datetime": "2026-01-02T03", "benchmarks": entries}))
+
+
+def test_report_makes_the_page(tmp_path, monkeypatch):
+    """A section a machine: a second run on one takes the first one's place, another machine's stays."""
     pytest.importorskip("matplotlib")
-    pair = {"work": "this", "goal": 2, "ratio": 2.5, "quartiles": [2.4, 2.6], "ours": 0.01, "theirs": 0.025}
-    pair |= {"memory": 2**20, "memory_theirs": 2**21, "memory_ratio": 0.5, "memory_goal": 0.4}
-    sweep = {"sweep": "that", "unit": "images", "x": [1, 10], "lines": {"minialign": [0.1, 1.0]}}
-    entries = [{"fullname": str(i), "extra_info": info} for i, info in enumerate((pair, sweep))]
-    saved = {
-        "machine_info": {"python_version": "3", "versions": {"torch": "2"}, "threads": 2, "cpu": {}},
-        "benchmarks": entries,
-    }
-    (tmp_path / "a.json").write_text(json.dumps(saved))
-    (tmp_path / "benchmarks.md").write_text(f"by hand\n{report.BEGIN}\nold\n{report.END}\nmore\n")
     monkeypatch.setattr(report, "DOCS", tmp_path)
-    for _ in range(2):  # a second time takes the first one's place
-        report.main([tmp_path / "a.json"])
-        text = (tmp_path / "benchmarks.md").read_text()
-        assert text.startswith("by hand\n") and text.endswith("\nmore\n") and "old" not in text
-        assert text.count("| this | 2.50 | 2.40–2.60 | 2 met | 10 ms | 25 ms |") == 1
-        assert text.count("| this | 0.50 | 0.4 missed | 1 MiB | 2 MiB |") == 1
-        assert text.count("| that | minialign | 1.00 | 100 ms at 1 | 1 s at 10 |") == 1
+    page = tmp_path / "benchmarks.md"
+    page.write_text(f"by hand\n{report.BEGIN}\n\n{report.TITLE}a GPU, bfloat16\n\nkept\n\n{report.END}\nmore\n")
+    sweep = {"sweep": "that", "unit": "images", "x": [1, 10], "lines": {"minialign": [0.1, 1.0]}}
+    alone = {"group": "import", "param": "torch", "stats": {"rounds": 5, "median": 2.0, "q1": 1.9, "q3": 2.1}}
+    note = entry("noted", extra_info={"work": "a job", "note": "took long"})
+    write_saved(tmp_path / "old.json", [entry("swept", extra_info=sweep), entry("x", **alone), note])
+    for seconds in (0.02, 0.025):
+        write_saved(tmp_path / "new.json", pair([(0.01, seconds)] * 5))
+        report.main([str(tmp_path / "new.json"), "--more", str(tmp_path / "old.json")])
+    text = page.read_text()
+    assert (
+        text.startswith("by hand\n") and text.endswith("\nmore\n") and "## Measured on a GPU, bfloat16\n\nkept" in text
+    )
+    assert text.count("## Measured on 2 cores of a CPU, float32") == 1
+    for row in (
+        "| this | 2.50 | 2.50–2.50 | 10 | 2 met | 10 ms | 25 ms |",
+        "| this | 0.50 | 0.4 missed | 1 MiB | 2 MiB |",
+        "| this | 50% | 40% | 10% | 8% | 7 | 9 |",
+        "| import: torch | 2 s | 1.9 s–2.1 s | 5 |",
+        "| that | minialign | 1.00 | 100 ms at 1 | 1 s at 10 |",
+        "- a job: took long.",
+    ):
+        assert text.count(row) == 1, row
     assert (tmp_path / "scaling.png").stat().st_size > 1000
+
+
+def test_report_says_what_changed(tmp_path, capsys):
+    """Counts exactly; a ratio where the intervals of the medians are apart."""
+    steady = [(1.0, 2.0 + 0.01 * i) for i in range(5)]
+    faster, noisy = [(a, 1.2 * b) for a, b in steady], [(1.0, b) for b in (1.5, 1.8, 2.1, 2.4, 2.7)]
+    for name, scale, third, flops in (("old", steady, steady, 600), ("new", faster, noisy, 700)):
+        entries = [*pair(steady, "same"), *pair(scale, "scaled"), *pair(third, "noisy"), *pair(steady, f"only {name}")]
+        entries[2]["extra_info"]["counts"]["minialign"]["flops"] = flops
+        write_saved(tmp_path / f"{name}.json", entries)
+    report.main([str(tmp_path / "old.json"), str(tmp_path / "new.json")])
+    there = capsys.readouterr().out
+    assert "  scaled: FLOPs 600 -> 700 (+16.67%)\n  14 counts are equal\n" in there
+    assert "  same: 2.02 [2.00, 2.04] -> 2.02 [2.00, 2.04]: within noise\n" in there
+    assert "  scaled: 2.02 [2.00, 2.04] -> 2.42 [2.40, 2.45]: faster, beyond noise\n" in there
+    assert "  noisy: 2.02 [2.00, 2.04] -> 2.10 [1.50, 2.70]: within noise\n" in there
+    assert "only in the old: only old\n" in there and "only in the new: only new\n" in there
+    report.main([str(tmp_path / "new.json"), str(tmp_path / "old.json")])
+    assert "-> 2.02 [2.00, 2.04]: SLOWER, beyond noise\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [None, "no JSON", "[]", '{"benchmarks": []}'])
+def test_report_names_a_file_that_is_none(tmp_path, content):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit, match=r"a\.json: is not a file of `pytest bench/ --benchmark-json=FILE`$"):
+        report.main([str(path)])
+
+
+def test_the_interval_of_a_median_covers_it():
+    """In 95 % of samples of ten at least, and of five in 94 %, of a skewed distribution with median log 2."""
+    g = torch.Generator().manual_seed(0)
+    for number, least in ((5, 0.9375), (10, 0.95), (41, 0.95)):
+        samples = -torch.rand(1000, number, generator=g).log()
+        ends = torch.tensor([report.median_interval(sample) for sample in samples.tolist()])
+        covered = ((ends[:, 0] < math.log(2)) & (ends[:, 1] > math.log(2))).float().mean().item()
+        assert least - 0.02 < covered < least + 0.04
+    assert report.median_interval(range(10)) == (1, 8)
+
+
+class Benchmark:
+    """What `pairs.compare` uses of pytest-benchmark's fixture."""
+
+    def __init__(self):
+        self.extra_info, self.stats = {}, None
+
+    def pedantic(self, call, setup, rounds):
+        data = []
+        for _ in range(rounds):
+            setup()
+            call()
+            data.append(float(len(data)))
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=data))
+
+
+@pytest.mark.parametrize("side", ["minialign", "peer"])
+def test_a_pair_is_timed_in_turn(side):
+    told, ticks, x = [], iter(range(0, 1000, 10)), torch.zeros(8)
+    ours, theirs = (lambda: told.append("ours") or x + 1), (lambda: told.append("theirs") or x + 2 - 1)
+    benchmark = Benchmark()
+    found = pairs.compare(benchmark, side, lambda: next(ticks), dict, "work", ours, theirs, rounds=5, goal=2)
+    turn = ["theirs", "ours"] if side == "minialign" else ["ours", "theirs"]
+    assert told == ["ours", "theirs", *turn * 5, *(["ours", "theirs"] if side == "minialign" else [])]
+    assert found is benchmark.extra_info and benchmark.group == "work"
+    assert found["pairs"] == [[i, 10] if side == "minialign" else [10, i] for i in range(5)]
+    if side == "minialign":
+        assert [found["counts"][name]["operations"] for name in ("minialign", "peer")] == [1, 2]
+
+
+def test_what_is_not_the_same_work_is_not_compared():
+    with pytest.raises(AssertionError):
+        pairs.compare(Benchmark(), "peer", float, dict, "work", lambda: torch.zeros(2), lambda: torch.ones(2))
+
+
+def test_the_clock_of_a_gpu_waits_for_it(monkeypatch):
+    """On a stand-in for CUDA's events: each is recorded, waited for, and the time since the last one is added."""
+    log, times = [], iter([5.0, 7.5, 7.75])
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = next(times)
+            log.append("record")
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, later):
+            return 1000 * (later.time - self.time)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = pairs.clock_of(torch.device("cuda"))
+    assert [clock(), clock(), clock()] == [0.0, 2.5, 2.75] and log == ["record", "wait"] * 3
+    assert pairs.clock_of(torch.device("cpu")) is time.perf_counter
+
+
+@pytest.mark.slow
+def test_the_benchmarks_run_on_any_device(tmp_path):
+    """On the meta device, which has no content but refuses tensors of two devices; what needs content is skipped."""
+    pytest.importorskip("diffusers")
+    files = [str(path) for path in BENCH.glob("test_*.py")]
+    command = [sys.executable, "-m", "pytest", *files, "--device", "meta", "-q", "--benchmark-disable", "-p"]
+    done = subprocess.run([*command, "no:cacheprovider"], cwd=BENCH.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^16 passed", done.stdout.splitlines()[-1]), done.stdout
+
+
+@pytest.mark.slow
+def test_saved_runs_are_kept_and_compared(tmp_path):
+    """pytest-benchmark's own commands, on the cheapest file."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(BENCH / "test_tricks.py"),
+        "-q",
+        "-k",
+        "norm",
+        "-p",
+        "no:cacheprovider",
+    ]
+    command.append(f"--benchmark-storage={tmp_path}")
+
+    def run(*more):
+        return subprocess.run([*command, *more], cwd=BENCH.parent, capture_output=True, text=True)
+
+    first = run("--benchmark-autosave")
+    assert first.returncode == 0 and "test_norm_silu_conv[peer]" in first.stdout
+    (path,) = tmp_path.rglob("*.json")
+    saved = json.loads(path.read_text())
+    assert [entry["stats"]["rounds"] for entry in saved["benchmarks"]] == [15, 15]
+    assert {entry["group"] for entry in saved["benchmarks"]} == {work := saved["benchmarks"][0]["extra_info"]["work"]}
+    assert len(report.works(saved["benchmarks"])[work]["ratios"]) == 30
+    for entry in saved["benchmarks"]:
+        entry["stats"]["median"] /= 100  # so that this run is slower
+    path.write_text(json.dumps(saved))
+    second = run("--benchmark-compare", "--benchmark-compare-fail=median:10%")
+    assert second.returncode != 0 and "Performance has regressed" in second.stdout + second.stderr
 
 
 def test_before_after_shows_the_first_sample_of_each_kind_of_prompt(tmp_path):

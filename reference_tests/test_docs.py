@@ -227,7 +227,9 @@ RUN_BY = {  # how a command begins (the longest such counts): the test or script
     "python -m minialign.evaluate": "test_evaluate.py::test_the_command_compares_pipelines",
     "python -m minialign.shapes.pretrain": "test_docs.py::left",
     "python -m minialign.study": "test_study.py::test_the_command_quick",
-    "python bench/report.py": "test_benchmarks.py::test_report",
+    "pytest bench/ --device meta": "test_benchmarks.py::test_the_benchmarks_run_on_any_device",
+    "python bench/report.py": "test_benchmarks.py::test_report_makes_the_page",
+    "python bench/counts.py": "test_counts.py::test_counts_are_those_of_the_page",
     "torchrun": "test_distributed.py::test_the_command_runs_under_torchrun",
     "sha256sum -c": "test_docs.py::test_checksums_are_as_the_system_reads_them",
     "sqlite3": "test_docs.py::test_the_tables_of_the_store_are_those_of_the_page",
@@ -335,7 +337,7 @@ def check(words: list[str]) -> None:
         has_parser = "argparse" in path.read_text()
         told = started(words[1:], lambda: runpy.run_path(str(path), run_name="__main__")) if has_parser else ""
     elif words[0] == "pytest":
-        told = help_of("pytest")
+        told = help_of("pytest", *(word for word in words if word.endswith("/")))  # and the options of that folder
     elif words[:2] == ["pip", "install"]:
         extras = re.search(r"^\.\[([\w,]+)\]$", words[-1])
         known = (ROOT / "pyproject.toml").read_text()

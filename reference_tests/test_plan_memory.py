@@ -8,7 +8,7 @@ import torch
 from comparisons import SMALL_UNET
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
-from pairs import Memory
+from counts import Memory
 from plan_memory import Model, as_on_cuda, plans, prepared, size
 
 from minialign import NoiseSchedule
