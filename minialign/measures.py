@@ -92,6 +92,16 @@ def holm(p: Sequence[float]) -> list[float]:
     return corrected
 
 
+def prediction_interval(values: Sequence[float]) -> list[float]:
+    """Where one more value of the same normal distribution lies 19 times of 20: mean -+ t s sqrt(1 + 1/n).
+
+    s is the standard deviation of the n >= 2 values, t Student's with n - 1 degrees of freedom.
+    """
+    x = torch.tensor(values, dtype=torch.float64)
+    half = student_t(len(x) - 1) * float(x.std()) * math.sqrt(1 + 1 / len(x))
+    return [float(x.mean()) - half, float(x.mean()) + half]
+
+
 class Contrast(NamedTuple):
     """A mean difference, the ends of its 95 % interval, and the p value of there being none."""
 
@@ -320,8 +330,8 @@ def best_of(scores: Sequence[float], outcomes: Sequence[float]) -> list[float]:
 
 
 # ---------------------------------------------------------------------------------------------- numbers of a picture
-# Images (N,3,H,W), RGB from 0 to 1, in; a number (N,) of each out. The paper names oversaturated images as a failure of
-# a reward that is optimised too far; such numbers show it before anyone looks.
+# Images (N,3,H,W) in RGB from 0 to 1 in, a number (N,) of each out. The paper names oversaturated images as a failure
+# of rewards that are optimised too far: such numbers show it before anyone looks.
 EDGE = 0.1  # change of brightness from pixel to pixel that counts as an edge: ours
 LEVELS = 8  # of each channel in the histogram of colors: ours
 

@@ -40,6 +40,12 @@ def of_reward(auc: float) -> dict[str, Any]:
     }
 
 
+def of_picture(value: float, gain: float, half: float = 0.01) -> dict[str, Any]:
+    """A number of the pictures of both models."""
+    base, tuned = ({"value": x, "n": 640, "ci95": [x - half, x + half]} for x in (value, value + gain))
+    return dict(zip(MODELS, (base, tuned | {"gain": gain, "gain_ci95": [gain - half, gain + half]})))
+
+
 def results() -> dict[str, Any]:
     """A results.json of the embedded world."""
     before = [0.481, 0.532, 0.613, 0.584, 0.195, 0.496, 0.467, 0.352]
@@ -67,6 +73,7 @@ def results() -> dict[str, Any]:
             "cmmd": dict(zip(MODELS, (1.207, 1.355))),
             "diversity": dict(zip(MODELS, (0.312, 0.268))),
             "readable": dict(zip(MODELS, (0.957, 0.943))),
+            "picture": {"saturation": of_picture(0.401, 0.023), "brightness": of_picture(0.655, -0.012)},
             "best_of_n": {"reward": {"simulated annotator": dict(zip(MODELS, (curve, best)))}},
             "samples": [],
         },
@@ -98,8 +105,8 @@ def sample_pairs(folder: Path, pairs: list[tuple[str, list[str]]], size: int = 6
 
 
 def write_run(folder: Path, values: dict[str, Any], size: int = 64) -> Path:
-    """A run folder with `values` as its results, two samples unless it has some, and training curves."""
-    rng = random.Random(0)
+    """A run folder with `values` as its results, two samples unless it has some, and its seed's training curves."""
+    rng = random.Random(values["settings"].get("seed", 0))
     two = [(HOSTILE, ["color", "new combinations"]), ("two stars", ["count", "seen"])]
     values["evaluation"]["samples"] = values["evaluation"]["samples"] or sample_pairs(folder, two, size)
     folder.mkdir(exist_ok=True)
@@ -115,7 +122,8 @@ def write_run(folder: Path, values: dict[str, Any], size: int = 64) -> Path:
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"stage": "finet')
     (folder / "results.json").write_text(json.dumps(values))
     world = "shapes" if values["settings"].get("model") is None else ""
-    config = {"world": world, "settings": values["settings"], "versions": {"torch": "2.99.1"}}
+    config = {"minialign": "0.1.0", "world": world, "model_digest": f"digest:{world}"}
+    config |= {"settings": values["settings"], "versions": {"torch": "2.99.1"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model").mkdir(exist_ok=True)
     return folder

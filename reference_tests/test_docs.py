@@ -74,10 +74,10 @@ def test_the_loss_in_another_trainer_is_the_formula(number, monkeypatch):
     monkeypatch.setattr(minialign, "reward_weighted_loss", recorded)
     names: dict[str, Any] = {}
     exec(compile(snippet, "embedding.md", "exec"), names)
-    for prediction, target, reward, pretrain, beta, loss in seen:
+    for prediction, target, weight, is_pair, beta, loss in seen:
         errors = [float(((t.double() - p.double()) ** 2).mean()) for p, t in zip(prediction, target)]
-        of_model = [float(r) * e for r, e, pair in zip(reward, errors, pretrain) if not pair]
-        of_pairs = [beta * e for e, pair in zip(errors, pretrain) if pair]
+        of_model = [float(r) * e for r, e, pair in zip(weight, errors, is_pair) if not pair]
+        of_pairs = [beta * e for e, pair in zip(errors, is_pair) if pair]
         assert loss == pytest.approx(sum(of_model) / len(of_model) + sum(of_pairs) / len(of_pairs), rel=1e-5)
     assert len(seen) == 2 and seen[0][5] != seen[1][5]
     assert names["optimizer"].state_dict()["state"][0]["step"] == 2
@@ -227,6 +227,7 @@ RUN_BY = {  # how a command begins (the longest such counts): the test or script
     "python -m minialign.evaluate": "test_evaluate.py::test_the_command_compares_pipelines",
     "python -m minialign.shapes.pretrain": "test_docs.py::left",
     "python -m minialign.study": "test_study.py::test_the_command_quick",
+    "python -m minialign.pages.normal": "test_report.py::test_the_band_holds_what_the_seeds_logged",
     "pytest bench/ --device meta": "test_benchmarks.py::test_the_benchmarks_run_on_any_device",
     "python bench/report.py": "test_benchmarks.py::test_report_makes_the_page",
     "python bench/counts.py": "test_counts.py::test_counts_are_those_of_the_page",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shlex
 import sys
@@ -14,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_up import GROUPS, HOSTILE, MODELS, results, write_run
+from helpers import command
+from made_up import GROUPS, HOSTILE, MODELS, of_picture, results, write_run
 
 from minialign.engine.settings import add_flags, given
-from minialign.pages import figures
+from minialign.pages import figures, normal
 from minialign.pages.report import write_report
 
 VOID = {"meta", "img", "br", "path", "use", "line", "rect"}
@@ -67,6 +69,12 @@ def without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, None)
 
 
+@pytest.fixture(autouse=True)
+def no_band(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's band is of other runs than the ones here."""
+    monkeypatch.setattr(normal, "FILE", tmp_path / "normal.json")
+
+
 @pytest.fixture
 def tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables in place of charts, which take most of the time."""
@@ -94,6 +102,9 @@ def test_says_every_headline_number(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "0.312",
         "0.268",
         "95.7 %",
+        "0.424",
+        "+0.023",
+        "+0.013 to +0.033",
     ]
     numbers += ["0.918", "0.884", "0.831", "86.8 %", "48.6 %", "1,280", "2,560", "192", "217", "151"]
     numbers += ["3 min 45 s", "1 min 52 s", "1.9 s", "2.99.1"]
@@ -293,7 +304,7 @@ def test_further_comparisons_have_a_column_for_every_model_and_gain(tmp_path: Pa
     heads = ["", "base", "fine-tuned", "over base", "runs/other/model", "over base"]
     assert re.findall("<th>(.*?)</th>", part) == heads
     rows = [re.findall("<td>(.*?)<small>(.*?)</small>", row) for row in re.findall("<tr>(<td>.*?)</tr>", part)]
-    assert [len(row) for row in rows] == [6] * 5
+    assert [len(row) for row in rows] == [6] * 7
     assert rows[0][4:] == [("50.0 %", "40.0 to 60.0"), ("+1.9", "−1.0 to +4.0<br>no significant difference")]
     assert [cell for cell, _ in rows[1]] == ["Fréchet distance", "3.410", "4.090", "+0.680", "–", "–"]
 
@@ -335,3 +346,107 @@ def test_the_running_mean_has_one_window() -> None:
     assert smooth.shape == (33, 2)
     for i in range(33):
         assert smooth[i] == pytest.approx(points[i : i + 8].mean(0))
+
+
+# ----------------------------------------------------------------------------------------- the band of normal runs
+def seed_of(folder: Path, seed: int, **changed: Any) -> Path:
+    """A run of a seed; its diversity and saturation change a little differently from those of others."""
+    values = results()
+    values["settings"] |= {"seed": seed} | changed
+    evaluation = values["evaluation"]
+    evaluation["diversity"]["fine-tuned"] -= seed / 1000
+    evaluation["picture"]["saturation"] = of_picture(0.4, 0.02 + seed / 1000)
+    return write_run(folder / f"seed {seed}", values)
+
+
+@pytest.fixture
+def band(tmp_path: Path, capsys: Any) -> list[Path]:
+    """Three runs whose band is the package's."""
+    runs = [seed_of(tmp_path, seed) for seed in (1, 2, 3)]
+    code, out, err = command(normal.main, capsys, *runs, "--out", normal.FILE)
+    assert code == 0 and "of 3 runs" in out, err
+    return runs
+
+
+def test_the_band_holds_what_the_seeds_logged(band: list[Path]) -> None:
+    found = json.loads(normal.FILE.read_text())
+    assert found["seeds"] == [1, 2, 3] and found["model_digest"] == "digest:shapes"
+    assert found["settings"] == {"batch_size": 64, "beta": 0.1, "model": None, "steps": 300}
+    assert found["changes"]["diversity"] == pytest.approx([-0.045, -0.046, -0.047])
+    assert found["changes"]["saturation"] == pytest.approx([0.021, 0.022, 0.023])
+    assert list(found["curves"]) == list(normal.CURVES) and set(found["changes"]) <= set(normal.CHANGES)
+    rows = []
+    for run in band:
+        lines = (run / "metrics.jsonl").read_text().splitlines()[:-1]
+        rows += [row for row in map(json.loads, lines) if row["stage"] == "finetune"]
+    for i in range(5):  # of 400 steps
+        logged = [row["gradient_norm"] for row in rows if 80 * i < row["step"] <= 80 * i + 80]
+        ends = [found["curves"]["finetune gradient_norm"][end][i] for end in ("low", "high")]
+        assert len(logged) == 24 and ends == pytest.approx([min(logged), max(logged)], rel=2e-3)
+        assert ends[0] <= min(logged) and ends[1] >= max(logged)
+
+
+def test_a_band_is_of_finished_runs_that_differ_in_their_seed_alone(tmp_path: Path, capsys: Any) -> None:
+    one, two, other = seed_of(tmp_path, 1), seed_of(tmp_path, 2), seed_of(tmp_path, 4, steps=200)
+    (tmp_path / "empty").mkdir()
+    for runs, message in (
+        ([one], "runs of seeds 1; accepted: two runs or more, each with its own"),
+        ([one, two, one], "runs of seeds 1, 2, 1; accepted"),
+        ([one, other], "seed 4: has another model or other settings than"),
+        ([one, tmp_path / "empty"], "empty: no finished run; accepted: a folder of python -m minialign.finetune"),
+    ):
+        code, _, err = command(normal.main, capsys, *runs, "--out", tmp_path / "band.json")
+        assert code == 2 and message in err and err.count("\n") == 1 and not (tmp_path / "band.json").exists()
+
+
+def test_a_run_like_the_others_lies_inside(tmp_path: Path, tables: None, band: list[Path]) -> None:
+    for run in (*band, seed_of(tmp_path, 4)):  # whose means are of 8 values, within the range of 24
+        page = page_of(run)
+        assert "This run lies inside all of them" in page and "this run’s changes are usual" in page
+        assert "Warning" not in page and "default runs of the bundled model (seeds 1, 2, 3)" in page
+
+
+def test_where_a_run_leaves_the_band_is_said(tmp_path: Path, tables: None, band: list[Path]) -> None:
+    run = seed_of(tmp_path, 4)
+    lines = (run / "metrics.jsonl").read_text().splitlines()[:-1]
+    with open(run / "metrics.jsonl", "a") as file:  # a step that is logged again counts as it is logged last
+        for row in map(json.loads, lines):
+            if row["stage"] == "finetune" and 160 < row["step"] <= 320:
+                file.write("\n" + json.dumps(row | {"gradient_norm": 9.0}))
+    values = json.loads((run / "results.json").read_text())
+    values["evaluation"]["diversity"]["fine-tuned"] = 0.1
+    (run / "results.json").write_text(json.dumps(values))
+    page = page_of(run)
+    assert "The mean of this run leaves them: Fine-tuning: gradient norm (above from step 160 to 320)." in page
+    assert "unusual: diversity −0.212 (in those runs −0.045, −0.046, −0.047)." in page and "Warning" not in page
+
+
+@pytest.mark.parametrize("model", [None, "someone/model"])
+def test_pictures_that_change_more_than_those_of_any_seed_are_warned_of(
+    tmp_path: Path, tables: None, band: list[Path], model: str | None
+) -> None:
+    """Where it is significant; of another model too, which is compared in nothing else."""
+    run = seed_of(tmp_path, 4, model=model)
+    values = json.loads((run / "results.json").read_text())
+    for gain, half, warned in ((0.1, 0.02, True), (0.1, 0.2, False), (-0.1, 0.02, True), (0.025, 0.001, False)):
+        values["evaluation"]["picture"]["saturation"] = of_picture(0.4, gain, half)
+        (run / "results.json").write_text(json.dumps(values))
+        page = page_of(run)
+        assert ("</strong>: the images changed more than in any of 3 default runs" in page) == warned
+        assert ("Look at the images" in page) == warned
+    assert ("No bands of normal curves are drawn" in page) == bool(model) == ("This run has another model" in page)
+    assert ("this run’s changes are" in page) != bool(model)
+
+
+def test_other_settings_have_no_band(tmp_path: Path, tables: None, band: list[Path]) -> None:
+    page = page_of(seed_of(tmp_path, 4, steps=200, lora=8))
+    assert "This run has other settings (--steps, --lora)" in page and "changes are" not in page
+    assert "inside" in page_of(seed_of(tmp_path, 5, lora=0, keep=9))  # a default that is named; what changes nothing
+
+
+def test_the_band_is_drawn_behind_the_curve() -> None:
+    pytest.importorskip("matplotlib")
+    points = np.stack([np.arange(1, 21) * 10, np.linspace(0, 1, 20)], 1)
+    band = {"steps": 200, "low": [0.0] * 10, "high": [1.0] * 10}
+    charts = [figures.svg("a", partial(figures.curve, points, 5, one), (4, 2)) for one in (None, band)]
+    assert [f"opacity: {figures.BAND}" in chart for chart in charts] == [False, True]

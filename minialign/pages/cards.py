@@ -87,6 +87,9 @@ def comparison(evaluation: Mapping[str, Any]) -> str:
         found = evaluation.get(key) or {}
         if any(found.get(name) is not None for name in models):
             lines.append(_line(title, {name: number(found.get(name), key == "readable") for name in models}))
+    for measure, table in (evaluation.get("picture") or {}).items():
+        values = {name: number(table.get(name, {}).get("value"), False) for name in models}
+        lines.append(_line(f"mean {measure}", values, _gains(table, False)))
     for chooser, tables in evaluation.get("best_of_n", {}).items():
         for judge, curves in tables.items():
             if all(len(curve["value"]) == 1 for curve in curves.values()):
@@ -121,11 +124,7 @@ def _judged(table: Mapping[str, Mapping[str, Any]], judge: str, models: Sequence
     lines = [judged_by(judge), _line(f"{'  (95 % intervals)':22}{'images':>8}", heads, dict.fromkeys(models, "gain"))]
     for group in in_order(group for groups in table.values() for group in groups):
         entries = {name: table.get(name, {}).get(group, {}) for name in models}
-        gains = {
-            name: f"{difference(entry['gain'], percent)} ({interval(entry.get('gain_ci95'), percent, signed=True)})"
-            for name, entry in entries.items()
-            if entry.get("gain") is not None
-        }
+        gains = _gains(entries, percent)
         count = max(entry.get("n", 0) for entry in entries.values())
         values = {name: _with_interval(entry, percent) for name, entry in entries.items()}
         lines.append(_line(f"  {group:20}{count:8,}", values, gains))
@@ -135,6 +134,15 @@ def _judged(table: Mapping[str, Mapping[str, Any]], judge: str, models: Sequence
             gain = difference(entry["gain"], percent) + " points" * percent
             lines.append(f"  {name} over {models[0]}: {gain}, {significance(entry.get('gain_ci95'))}")
     return [*lines, ""]
+
+
+def _gains(entries: Mapping[str, Mapping[str, Any]], percent: bool) -> dict[str, str]:
+    """Each model's gain with its interval, where it has one."""
+    return {
+        name: f"{difference(entry['gain'], percent)} ({interval(entry.get('gain_ci95'), percent, signed=True)})"
+        for name, entry in entries.items()
+        if entry.get("gain") is not None
+    }
 
 
 def _line(title: str, values: Mapping[str, str], gains: Mapping[str, str] | None = None) -> str:

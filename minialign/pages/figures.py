@@ -33,6 +33,7 @@ COLORS = (
 GREY = "#6f6f6f"
 FEWEST = 10  # images of a point of a calibration chart
 SMOOTHED = 5  # a running mean is over a fifth of a curve
+BAND = 0.25  # opacity of the band of normal runs
 # The report's charts are drawn in stand-in colors that become the CSS variables of these names, so that they follow
 # light mode, dark mode and print.
 PALETTE = {name: f"#0a0b{index:02x}" for index, name in enumerate(("paper", "ink", "soft", "line", "base", "tuned"))}
@@ -282,9 +283,12 @@ def running_mean(points: np.ndarray, length: int) -> np.ndarray:
     return np.stack([np.convolve(column, np.ones(length) / length, "valid") for column in points.T], 1)
 
 
-def curve(points: np.ndarray, length: int, figure: Any) -> None:
-    """Points (N,2) of a training curve, and over them their running mean."""
+def curve(points: np.ndarray, length: int, band: Mapping[str, Any] | None, figure: Any) -> None:
+    """Points (N,2) of a training curve, over them their running mean, and behind them the band of normal runs."""
     axes = figure.subplots()
+    if band:
+        edges = np.linspace(0, band["steps"], len(band["low"]) + 1)
+        axes.stairs(band["high"], edges, baseline=band["low"], fill=True, color=PALETTE["base"], alpha=BAND, zorder=1)
     if length > 1:
         axes.plot(*points.T, color=PALETTE["base"], linewidth=0.8, alpha=0.8)
     axes.plot(*running_mean(points, length).T, color=PALETTE["tuned"], linewidth=1.8)

@@ -12,7 +12,6 @@ import base64
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -22,10 +21,10 @@ import numpy as np
 from PIL import Image
 
 from ..engine.settings import command, shown
-from ..files import atomic
+from ..files import atomic, read_json
 from ..measures import wilson_interval
 from ..prompts import CATEGORIES
-from . import figures
+from . import figures, normal
 from .cards import (
     REWARD_MODELS,
     difference,
@@ -56,13 +55,19 @@ REWARD = {  # key in what a reward model's measurement holds: name, meaning, whe
     "brier": ("Brier score", "mean squared error: lower is better", False),
     "prompt_accuracy": ("Prompt accuracy", "good images that score highest for their own prompt", True),
 }
-CURVES = {  # stage and key in metrics.jsonl: title
-    ("reward", "mse"): "Reward model: squared error",
-    ("reward", "classification"): "Reward model: prompt classification loss",
-    ("finetune", "model_loss"): "Fine-tuning: denoising loss on the model’s own images",
-    ("finetune", "pretrain_loss"): "Fine-tuning: denoising loss on pre-training pairs",
-    ("finetune", "gradient_norm"): "Fine-tuning: gradient norm",
-    ("finetune", "learning_rate"): "Fine-tuning: learning rate",
+PICTURE = {  # key of an evaluation's `picture`: what it is
+    "saturation": "how colorful a pixel is, from 0 for grey to 1",
+    "brightness": "from 0 for black to 1 for white",
+    "edge density": "fraction of the pixels on an edge",
+    "color entropy": "in bits: how many colors an image has, from 0 for one to 9",
+}
+CURVES = {  # of metrics.jsonl: title
+    "reward mse": "Reward model: squared error",
+    "reward classification": "Reward model: prompt classification loss",
+    "finetune model_loss": "Fine-tuning: denoising loss on the model’s own images",
+    "finetune pretrain_loss": "Fine-tuning: denoising loss on pre-training pairs",
+    "finetune gradient_norm": "Fine-tuning: gradient norm",
+    "finetune learning_rate": "Fine-tuning: learning rate",
 }
 LIGHT = """--paper:#fcfcfb;--ink:#1d2024;--soft:#5d6269;--line:#dddfe2;--base:#989da6;--tuned:#1b6e93;--good:#17764a;
 --bad:#b0412b"""
@@ -96,7 +101,7 @@ white-space:nowrap}
 img{display:block;width:100%;height:auto;border-radius:4px;background:var(--line);margin-bottom:.2rem}
 .good{color:var(--good)}.bad{color:var(--bad)}.key{white-space:nowrap;margin-right:1.1em}
 .key:before{content:"";display:inline-block;border:.35em solid var(--base);border-radius:2px;margin-right:.4em}
-.key.tuned:before{border-color:var(--tuned)}
+.key.tuned:before{border-color:var(--tuned)}.key.band:before{opacity:.35}
 svg{display:block;width:100%;height:auto;max-width:30rem}svg text{font-family:inherit!important}
 .table{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;width:100%}td small{display:block;line-height:1.4}
 th,td{text-align:right;padding:.4rem 0 .4rem 1rem;border-bottom:1px solid var(--line);vertical-align:top}
@@ -110,7 +115,8 @@ font:.85rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 @media(max-width:30rem){table{font-size:.8rem}th,td{padding-left:.6rem}td small{white-space:normal}
 td:first-child{min-width:5rem}}
 @media print{body{padding:0;max-width:none;font-size:.85rem}h2,h2+p,h3,.charts figcaption,summary{break-after:avoid}
-h2{margin-top:2rem}figure,.charts>div,tr,pre{break-inside:avoid}
+h2{margin-top:2rem}figure,tr,pre{break-inside:avoid}figure table{font-size:.72rem}figure td small{white-space:normal}
+th,td{padding-left:.6rem}td:first-child{min-width:4.5rem}
 .pairs figcaption{max-height:none}summary{list-style:none}
 .pairs{grid-template-columns:repeat(3,1fr);gap:1rem}.two{font-size:.65rem}
 .charts{grid-template-columns:1fr 1fr;gap:1.2rem 2rem}
@@ -127,25 +133,30 @@ Abbeel, Mohammad Ghavamzadeh, Shixiang Shane Gu: Aligning Text-to-Image Models u
 """
 NO_CHARTS = '<p class="soft">Tables stand in for the charts: <code>pip install -e ".[report]"</code> adds them.</p>'
 FLAT = """A flat denoising loss is normal: it depends on the random timestep and noise of each step far more than on
-what fine-tuning changes. Whether fine-tuning works shows elsewhere: in the mean reward and the fraction of good images
-under “What changed”, and in the samples above."""
+what fine-tuning changes. Whether fine-tuning works shows under “What changed”: the mean reward and the fraction of good
+images should rise, diversity should not fall too far, and the samples above should look right."""
+HACKING = """A model that learns what its reward likes, and not what people mean, often shows it first in such numbers.
+<strong>Look at the images</strong> before you trust the gain."""
 
 
 def write_report(run: Path) -> Path:
     """Write `run`/report.html from the files of a finished run; its path. Files that are missing leave gaps."""
     results, config = (_read(run / f"{name}.json") for name in ("results", "config"))
     evaluation = results.get("evaluation") or {}
+    settings = {**(config.get("settings") or {}), **(results.get("settings") or {})}
+    band: dict[str, Any] = read_json(normal.FILE) if normal.FILE.is_file() else {}
+    unlike = normal.unlike(band, config, settings) if band else "nothing to be compared with"
     body = [
         _opening(results, evaluation),
         _pairs(run, evaluation),
         _validation(run),
-        _what_changed(evaluation),
+        _what_changed(evaluation, band, unlike),
         _reward(results.get("reward") or {}),
-        _training(run / "metrics.jsonl"),
+        _training(run / "metrics.jsonl", band, unlike),
         _comparisons(results.get("comparisons") or {}),
         _time(results.get("seconds") or {}),
         _model(run),
-        _settings(run, config, results.get("settings") or {}),
+        _settings(run, config, settings),
         PAPER,
     ]
     if "<svg" not in "".join(body):
@@ -282,10 +293,46 @@ def _picture(path: Path, alt: str, largest: int = LARGEST) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------- what changed
-def _what_changed(evaluation: Mapping[str, Any]) -> str:
-    """Alignment by kind of prompt, and what else changed."""
+def _what_changed(evaluation: Mapping[str, Any], band: Mapping[str, Any], unlike: str) -> str:
+    """Alignment by kind of prompt, and what else changed; before them, whether normal runs change as much."""
     judge = str(evaluation.get("judge") or "")
-    return _section("What changed", [_groups(evaluation, judge), _changes(evaluation)])
+    section = _section("What changed", [_groups(evaluation, judge), _changes(evaluation)])
+    return section.replace("</h2>", f"</h2>{_usual(evaluation, band, unlike)}", 1)
+
+
+def _usual(evaluation: Mapping[str, Any], band: Mapping[str, Any], unlike: str) -> str:
+    """Whether changes are those of normal runs, and a warning of images that changed more than in any of these."""
+    changes = {key: one for key, one in normal.read_changes(evaluation).items() if key in band.get("changes", {})}
+
+    def told(names: Iterable[str]) -> str:
+        parts = []
+        for name in names:
+            seeds, judged = band["changes"][name], name in evaluation["judged"]
+            numbers = (difference(x, judged and is_fraction(name)) for x in (changes[name]["gain"], *seeds))
+            gain, *others = map(_minus, numbers)
+            title = judged_by(name) if judged else name
+            parts.append(f"{escape(title)} {gain} (in those runs {', '.join(others)})")
+        return "; ".join(parts)
+
+    unusual = [name for name, one in changes.items() if normal.is_unusual(one, band["changes"][name])]
+    alarming = [
+        name for name in PICTURE if name in unusual and normal.is_alarming(changes[name], band["changes"][name])
+    ]
+    said, runs = "", _default_runs(band)
+    if changes and not unlike:
+        said = f"<p>Compared with {runs}, this run’s changes are "
+        said += f"unusual: {told(unusual)}.</p>" if unusual else "usual.</p>"
+    if alarming:
+        whose = " (another model or other settings, so a rough measure)" if unlike else ""
+        said += f"""<p class="note"><strong>Warning</strong>: the images changed more than in any of {runs}{whose}:
+{told(alarming)}. {HACKING}</p>"""
+    return said
+
+
+def _default_runs(band: Mapping[str, Any]) -> str:
+    """The runs that a band is of, in words; "" where there is no band."""
+    seeds = band.get("seeds", [])
+    return f"{len(seeds)} default runs of the bundled model (seeds {', '.join(map(str, seeds))})" if seeds else ""
 
 
 def _groups(evaluation: Mapping[str, Any], judge: str) -> str:
@@ -300,7 +347,8 @@ def _groups(evaluation: Mapping[str, Any], judge: str) -> str:
             rows.append((group, values, [entry.get("ci95") for entry in entries]))
             cells.append((f"{group}\n{entries[1].get('n', 0):,} images", *_cells(entries, percent)))
     table = _table(("", *(name for name, _ in sides), "difference"), cells)
-    note = f" by kind of prompt, with 95&nbsp;% intervals<br>{_keys(name for name, _ in sides)}"
+    keys = _keys(dict(zip(("base", "tuned"), (name for name, _ in sides))))
+    note = f" by kind of prompt, with 95&nbsp;% intervals<br>{keys}"
     chart, size = partial(figures.bars, rows, percent), (4.3, 0.5 + 0.5 * len(rows))
     return _figure(_capital(judged_by(judge)), note, table, chart, size, beside=True)
 
@@ -339,6 +387,9 @@ def _changes(evaluation: Mapping[str, Any]) -> str:
                 entry["gain"] = None if entry["value"] is None else entry["value"] - first
             cells = _cells(entries, percent)
             rows.append((f"{title}\n{meaning.format(truth)}", *(cell.partition("\n")[0] for cell in cells)))
+    for name, meaning in PICTURE.items():
+        if found := (evaluation.get("picture") or {}).get(name):
+            rows.append((f"{_capital(name)}\n{meaning}", *_cells([found.get(model) or {} for model in models], False)))
     header = ["", *models[:1]]
     for model in models[1:]:
         header += [model, "difference" if len(models) == 2 else f"over {models[0]}"]
@@ -403,27 +454,35 @@ number of images. On the dashed line, the reward is the probability of a good la
     return _figure(f"Calibration on {split}", note, table, partial(figures.reliability, bins), (4.3, 4.0))
 
 
-def _training(path: Path) -> str:
-    """Training curves from metrics.jsonl."""
-    curves: dict[tuple[str, str], dict[int, float]] = {curve: {} for curve in CURVES}
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with suppress(ValueError):  # a killed run may have left a part of a line
-            line = json.loads(text)
-            for stage, key in CURVES:
-                if line["stage"] == stage and line.get(key) is not None:
-                    curves[stage, key][line["step"]] = line[key]  # a resumed run logs steps again: the last counts
-    charts = []
-    for curve, values in curves.items():
-        points = np.array(sorted(values.items()), dtype=float).reshape(-1, 2)
-        if len(points):
-            rows = [part.mean(0) for part in np.array_split(points, min(8, len(points)))]
-            table = _table(("step", "mean"), [(f"{step:,.0f}", f"{value:.4g}") for step, value in rows])
-            length = figures.window(len(points)) if curve[1] != "learning_rate" else 1  # which has no noise
-            steps = length * (points[-1, 0] - points[0, 0]) / max(1, len(points) - 1)
-            note = f"<br>{_keys(('each logged value', f'mean of {steps:,.0f} steps'))}" if length > 1 else ""
-            charts.append(_figure(CURVES[curve], note, table, partial(figures.curve, points, length), (4.3, 2.2)))
+def _training(path: Path, band: Mapping[str, Any], unlike: str) -> str:
+    """Training curves from metrics.jsonl, over the band of normal runs where this run is one of these."""
+    curves, charts, left = normal.read_curves(path), [], []
+    for name, title in CURVES.items():
+        points = curves.get(name, np.empty((0, 2)))
+        if not len(points):
+            continue
+        rows = [part.mean(0) for part in np.array_split(points, min(8, len(points)))]
+        table = _table(("step", "mean"), [(f"{step:,.0f}", f"{value:.4g}") for step, value in rows])
+        length = figures.window(len(points)) if name != "finetune learning_rate" else 1  # which has no noise
+        steps = length * (points[-1, 0] - points[0, 0]) / max(1, len(points) - 1)
+        of_others = None if unlike else band["curves"].get(name)
+        keys = {"base": "each logged value", "tuned": f"mean of {steps:,.0f} steps"} if length > 1 else {}
+        keys |= {"band": "default runs"} if of_others else {}
+        note = f"<br>{_keys(keys)}" if keys else ""
+        charts.append(_figure(title, note, table, partial(figures.curve, points, length, of_others), (4.3, 2.2)))
+        if of_others and (outside := normal.leaves(points, of_others)):
+            where = ", ".join(f"{side} from step {first:,} to {last:,}" for first, last, side in outside)
+            left.append(f"{title} ({where})")
+    said = ""
+    if band and unlike:
+        said = f"""<p>No bands of normal curves are drawn: they are known for {_default_runs(band)}. This run has
+{escape(unlike)}.</p>"""
+    elif band:
+        said = f"<p>The bands hold all values that {_default_runs(band)} logged in each fifth of the steps. "
+        said += f"The mean of this run leaves them: {'; '.join(left)}." if left else "This run lies inside all of them."
+        said += "</p>"
     section = _section("Training", charts)
-    return section.replace("</h2>", f"</h2><p>{FLAT}</p>", 1)
+    return section.replace("</h2>", f"</h2><p>{FLAT}</p>{said}", 1)
 
 
 def _time(seconds: Mapping[str, Any]) -> str:
@@ -448,7 +507,6 @@ pipe.generate(["a prompt"])[0].save("image.png")"""
 
 def _settings(run: Path, config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """The command that does the same again, and all settings."""
-    settings = {**(config.get("settings") or {}), **settings}
     embedded = bool(config.get("world"))
     words = shown(command(settings, embedded, run))
     note = "Settings that are not named have their defaults. This folder is finished: name another to repeat the run."
@@ -478,9 +536,9 @@ def _figure(
     return f"<figure>{caption}{chart}{numbers}</figure>"
 
 
-def _keys(names: Iterable[str]) -> str:
-    """A legend: the first name in the base's color, the second in the fine-tuned model's."""
-    return "".join(f'<span class="key {color}">{escape(name)}</span>' for color, name in zip(("base", "tuned"), names))
+def _keys(names: Mapping[str, str]) -> str:
+    """A legend: what is drawn in the color of "base", of "tuned", and as a "band"."""
+    return "".join(f'<span class="key {kind}">{escape(name)}</span>' for kind, name in names.items())
 
 
 def _section(title: str, parts: Sequence[str]) -> str:
