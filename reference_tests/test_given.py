@@ -24,7 +24,8 @@ from minialign.models.reward import embed_images, embed_texts
 from minialign.prompts import SHAPES, all_prompts
 from minialign.reward import REWARDS
 from minialign.reward.__main__ import main
-from minialign.reward.given import Term, call_function, rank_within, read_terms, scale_of, to_unit, weighted
+from minialign.reward.functions import call_function
+from minialign.reward.given import Term, rank_within, read_terms, scale_of, to_unit, weighted
 from minialign.shapes.scenes import draw, sample_scene
 
 REDNESS = """

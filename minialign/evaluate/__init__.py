@@ -17,6 +17,7 @@ import torch
 
 from .. import __version__
 from ..data.cache import clip_digest
+from ..engine.processes import is_main_process
 from ..engine.run import Run, digest, file_digest
 from ..engine.settings import BY_NAME, CLIP_OF_PAPER, NOISES
 from ..feedback import SIMULATED, FeedbackStore, read_prompts
@@ -204,6 +205,8 @@ def evaluate_run(
     models = run_models(run, device, settings["sampling_dtype"])
     items = test_items(run, settings)
     given = "reward" in run.stages.get("reward", {}).get("made_from", {})
+    coming = is_main_process() and (redo or "seconds" not in run.stages.get("evaluate", {}))
+    score = scorer(run.folder, settings, device, named) if given and coming else None
 
     def inputs() -> dict[str, str]:
         return {
@@ -216,7 +219,6 @@ def evaluate_run(
     why = f"before and after sample {len(items)} images each from the same new noise"
     with run.stage("evaluate", why, settings, inputs, redo=redo) as todo:
         if todo:
-            score = scorer(run.folder, settings, device, named) if given else None
             own = None if given else run.folder / "reward"
             found = evaluate(run, models, items, settings, device, reward=own, score=score)
             store_results(run, {"evaluation": found})

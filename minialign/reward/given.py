@@ -12,10 +12,7 @@ of both kinds together, else by an image's rank among the images of its prompt.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,25 +20,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data import open_image
 from ..data.cache import clip_digest, features
-from ..engine.optimising import progress
 from ..engine.run import digest, file_digest
-from ..files import InputError, checksum, first_line, read_json
+from ..files import InputError, checksum, read_json
 from ..measures import measure, platt
 from ..models.clip import CLIP
 from ..models.pretrained import WEIGHTS
 from ..models.reward import RewardModel
+from .functions import call_function, load_function
 from .labels import FEWEST, Split
 
 MODEL = f"{WEIGHTS[1]}.safetensors"
 LEARNED, CLIP_SCORE = "learned", "clip-score"  # the model that the run learns from its labels; CLIP's cosine
-AS_IT_IS, FITTED, RANKED = "as it is", "fitted to the labels", "rank within its prompt"
 ACCEPTED = (
     "learned, clip-score, clip-score:CLIP, a reward model's folder, module:function or FILE.py:function, several "
     "parted by commas, each with =WEIGHT behind it or without"
 )
-BATCH = 32  # images that a function gets at once
+AS_IT_IS, FITTED, RANKED = "as it is", "fitted to the labels", "rank within its prompt"
 
 
 class Term(NamedTuple):
@@ -88,7 +83,7 @@ def check_terms(terms: Sequence[Term], named: bool) -> None:
         if term.is_function and not named:
             raise InputError(
                 f"--reward {term.what}: the run remembers it, but it is code, which runs only where the command names "
-                "it; accepted: the same command with --reward"
+                "it; accepted: reward or finetune with --reward"
             )
         if term.is_function:
             load_function(term.what)
@@ -103,55 +98,6 @@ def load_reward(folder: Path, device: torch.device | str = "cpu") -> RewardModel
     if expected is not None and checksum(folder / MODEL) != expected:
         raise InputError(f"{folder / MODEL}: damaged: its SHA-256 is not that in held_out.json; learn it again")
     return RewardModel.from_pretrained(folder, device=device)
-
-
-def load_function(what: str) -> tuple[Callable[..., Any], Path]:
-    """The function "module:function" or "FILE.py:function", and the file that it is in; this runs the file."""
-    place, _, name = what.rpartition(":")
-    try:
-        if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-        function, file = getattr(module, name), Path(str(module.__file__))
-    except Exception as error:
-        raise InputError(f"--reward {what}: cannot be loaded ({_told(error)}); accepted: {ACCEPTED}") from error
-    if not callable(function):
-        raise InputError(f"--reward {what}: not a function; accepted: one of (images, prompts) that returns numbers")
-    return function, file
-
-
-def call_function(what: str, paths: Sequence[Path], prompts: Sequence[str]) -> Tensor:
-    """What a function says (B,) of image files for their prompts; it gets lists of PIL images and of strings.
-
-    InputError where it fails, or does not return one finite number for each image.
-    """
-    function, found = load_function(what)[0], []
-    for start in progress(range(0, len(paths), BATCH), what):
-        part = paths[start : start + BATCH]
-        try:
-            with torch.no_grad():
-                numbers = function([open_image(path) for path in part], list(prompts[start : start + BATCH]))
-            numbers = torch.as_tensor(numbers).detach().to("cpu", torch.float64).reshape(-1)
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(f"--reward {what}: failed on {part[0]} ... ({_told(error)})") from error
-        if len(numbers) != len(part):
-            raise InputError(f"--reward {what}: {len(numbers)} numbers for {len(part)} images; accepted: one for each")
-        if not numbers.isfinite().all():
-            wrong = int((~numbers.isfinite()).nonzero()[0])
-            raise InputError(f"--reward {what}: {numbers[wrong]} for {part[wrong]}; accepted: finite numbers")
-        found.append(numbers)
-    return torch.cat(found) if found else torch.empty(0)
-
-
-def _told(error: Exception) -> str:
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {first_line(error)}, {last.filename}:{last.lineno}"
 
 
 # ----------------------------------------------------------------------------------------------------- raw numbers
