@@ -192,7 +192,7 @@ def test_the_clip_score_is_fitted_to_the_labels_that_are_not_held_out(run, capsy
 
 
 def test_a_learned_reward_is_one_of_several_and_another_run_s_model_too(run, tmp_path, capsys):
-    small = ("--reward-steps", 100, "--hidden", 32)
+    small = ("--reward-steps", 20, "--hidden", 32)
     other = Path(shutil.copytree(run, tmp_path / "other"))
     assert command(main, capsys, other, *small)[0] == 0
     learned = read_weights(other / REWARDS)["reward"].clone()

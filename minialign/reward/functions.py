@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,22 +17,16 @@ from torch import Tensor
 
 from ..data import open_image
 from ..engine.optimising import progress
-from ..files import InputError, first_line
+from ..files import InputError, checksum, first_line
 
 BATCH = 32  # images that a function gets at once
 
 
 def load_function(what: str) -> tuple[Callable[..., Any], Path]:
-    """The function "module:function" or "FILE.py:function", and the file that it is in; this runs the file."""
+    """The function "module:function" or "FILE.py:function", and the file that it is in; this runs the file, once."""
     place, _, name = what.rpartition(":")
     try:
-        if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
+        module = _module(place, checksum(Path(place))) if place.endswith(".py") else importlib.import_module(place)
         function, file = getattr(module, name), Path(str(module.__file__))
     except Exception as error:
         raise InputError(
@@ -38,6 +35,17 @@ def load_function(what: str) -> tuple[Callable[..., Any], Path]:
     if not callable(function):
         raise InputError(f"--reward {what}: not a function; accepted: one of (images, prompts) that returns numbers")
     return function, file
+
+
+@cache
+def _module(place: str, content: str) -> ModuleType:
+    """The module in a file, run once for each content that the file has."""
+    spec = importlib.util.spec_from_file_location(f"reward_{content[:16]}", place)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # where dataclasses, for one, look it up
+    spec.loader.exec_module(module)
+    return module
 
 
 def call_function(what: str, paths: Sequence[Path], prompts: Sequence[str]) -> Tensor:
