@@ -64,6 +64,11 @@ def page_of(run: Path) -> str:
     return " ".join(write_report(run).read_text(encoding="utf-8").replace("&nbsp;", " ").split())
 
 
+def command_of(page: str) -> str:
+    """The command that the page shows, without the tags that keep flags whole at the end of a line."""
+    return unescape(re.sub("</?span>", "", re.findall("<pre>(python.*?)</pre>", page, re.DOTALL)[0]))
+
+
 def without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [*(name for name in sys.modules if name.split(".")[0] == "matplotlib"), "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
@@ -163,7 +168,7 @@ def test_hostile_text_is_escaped(tmp_path: Path, tables: None) -> None:
     assert page.count(escaped) == 4 + 2 + 2 + 1 + 1
     alts = [attributes["alt"] for tag, attributes in parsed.seen if tag == "img"]
     assert f"base: {HOSTILE}" in alts
-    assert HOSTILE in shlex.split(unescape(re.findall("<pre>(python.*?)</pre>", page, re.DOTALL)[0]))
+    assert HOSTILE in shlex.split(command_of(page))
 
 
 OTHERS = {"seed": 7, "lambda": 0.25, "temperature": 1.5, "soft": True, "lora": 4, "weighting": "threshold", "tau": 0.3,
@@ -180,8 +185,7 @@ def test_the_command_gives_the_settings_back(
     """Read by a shell and by the parser of the main job, it says what differs from the defaults, and no more."""
     values = results() | {"settings": settings}
     page = write_report(write_run(tmp_path / "run", values)).read_text(encoding="utf-8")
-    command = unescape(re.findall("<pre>(python.*?)</pre>", page, re.DOTALL)[0])
-    words = shlex.split(command)
+    words = shlex.split(command_of(page))
     assert words[:4] == ["python", "-m", "minialign.finetune", str(tmp_path / "run")]
     parser = argparse.ArgumentParser()
     add_flags(parser, "generate", "label", "reward", "finetune", "evaluate")
@@ -350,12 +354,14 @@ def test_the_running_mean_has_one_window() -> None:
 
 # ----------------------------------------------------------------------------------------- the band of normal runs
 def seed_of(folder: Path, seed: int, **changed: Any) -> Path:
-    """A run of a seed; its diversity and saturation change a little differently from those of others."""
+    """A run of a seed; all that changes in it does so a little differently from other seeds."""
     values = results()
     values["settings"] |= {"seed": seed} | changed
     evaluation = values["evaluation"]
     evaluation["diversity"]["fine-tuned"] -= seed / 1000
-    evaluation["picture"]["saturation"] = of_picture(0.4, 0.02 + seed / 1000)
+    evaluation["picture"] = {name: of_picture(0.4, 0.02 + seed / 1000) for name in ("saturation", "brightness")}
+    for judge in ("simulated annotator", "reward"):
+        evaluation["judged"][judge]["fine-tuned"]["overall"]["gain"] += seed / 1000
     return write_run(folder / f"seed {seed}", values)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from html import escape
@@ -109,7 +110,7 @@ th,td:not(:first-child){white-space:nowrap}th{font-weight:500}th:first-child,td:
 td:first-child{min-width:7rem}figure td:first-child{min-width:0}figure table{font-size:.8rem}
 summary{cursor:pointer;font-size:.85rem;margin:.6rem 0}dl{columns:2 20rem;column-gap:3rem;font-size:.9rem}
 dl div{display:flex;justify-content:space-between;gap:1rem;padding:.25rem 0;border-bottom:1px solid var(--line);
-break-inside:avoid}dd{margin:0;text-align:right;overflow-wrap:anywhere}a{color:var(--tuned)}code{white-space:nowrap}
+break-inside:avoid}dd{margin:0;text-align:right;overflow-wrap:anywhere}a{color:var(--tuned)}code,pre span{white-space:nowrap}
 pre{border:1px solid var(--line);border-radius:4px;padding:.7rem .9rem;white-space:pre-wrap;
 font:.85rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 @media(max-width:30rem){table{font-size:.8rem}th,td{padding-left:.6rem}td small{white-space:normal}
@@ -508,7 +509,7 @@ pipe.generate(["a prompt"])[0].save("image.png")"""
 def _settings(run: Path, config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """The command that does the same again, and all settings."""
     embedded = bool(config.get("world"))
-    words = shown(command(settings, embedded, run))
+    words = re.sub(r"(?<= )--[a-z-]+", r"<span>\g<0></span>", escape(shown(command(settings, embedded, run))))
     note = "Settings that are not named have their defaults. This folder is finished: name another to repeat the run."
     if not embedded:
         note += " Add --feedback FILE with the labels (python -m minialign.label with --export FILE writes them)."
@@ -517,7 +518,7 @@ def _settings(run: Path, config: Mapping[str, Any], settings: Mapping[str, Any])
         f"<div><dt>{escape(key.removeprefix('settings.'))}</dt><dd>{escape(str(value))}</dd></div>"
         for key, value in rows.items()
     )
-    again = f'<h2>Do it again</h2><pre>{escape(words)}</pre><p class="soft">{note}</p>'
+    again = f'<h2>Do it again</h2><pre>{words}</pre><p class="soft">{note}</p>'
     return f"{again}<h2>Settings</h2><dl>{facts}</dl>"
 
 
