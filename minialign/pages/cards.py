@@ -88,8 +88,8 @@ def comparison(evaluation: Mapping[str, Any]) -> str:
         if any(found.get(name) is not None for name in models):
             lines.append(_line(title, {name: number(found.get(name), key == "readable") for name in models}))
     for measure, table in (evaluation.get("picture") or {}).items():
-        values = {name: number(table.get(name, {}).get("value"), False) for name in models}
-        lines.append(_line(f"mean {measure}", values, _gains(table, False)))
+        means = {name: number(table.get(name, {}).get("value"), False) for name in models}
+        lines.append(_line(f"mean {measure}", means, _gains(table, False)))
     for chooser, tables in evaluation.get("best_of_n", {}).items():
         for judge, curves in tables.items():
             if all(len(curve["value"]) == 1 for curve in curves.values()):

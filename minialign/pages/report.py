@@ -110,7 +110,8 @@ th,td:not(:first-child){white-space:nowrap}th{font-weight:500}th:first-child,td:
 td:first-child{min-width:7rem}figure td:first-child{min-width:0}figure table{font-size:.8rem}
 summary{cursor:pointer;font-size:.85rem;margin:.6rem 0}dl{columns:2 20rem;column-gap:3rem;font-size:.9rem}
 dl div{display:flex;justify-content:space-between;gap:1rem;padding:.25rem 0;border-bottom:1px solid var(--line);
-break-inside:avoid}dd{margin:0;text-align:right;overflow-wrap:anywhere}a{color:var(--tuned)}code,pre span{white-space:nowrap}
+break-inside:avoid}dd{margin:0;text-align:right;overflow-wrap:anywhere}a{color:var(--tuned)}
+code,pre span{white-space:nowrap}
 pre{border:1px solid var(--line);border-radius:4px;padding:.7rem .9rem;white-space:pre-wrap;
 font:.85rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 @media(max-width:30rem){table{font-size:.8rem}th,td{padding-left:.6rem}td small{white-space:normal}
