@@ -55,7 +55,7 @@ def measure(folder, images):
     for name in ("ann", "a new one") * 100:
         seconds, items = timed(desk.next, name)
         following.append(seconds)
-        saved += [timed(desk.judge, name, slot["id"], "good")[0] for slot in items[0]["slots"]]
+        saved += [timed(desk.save, name, slot["id"], "good")[0] for slot in items[0]["slots"]]
     store.close()
     lines = {
         "open the training set": opened + listed + counted,
@@ -88,7 +88,7 @@ def test_the_next_item_of_a_million_images(benchmark, million, name):
 
     def judged():
         for slot in items[0]["slots"] if items else ():
-            desk.judge(name, slot["id"], "good")
+            desk.save(name, slot["id"], "good")
 
     def following():
         items[:] = desk.next(name)

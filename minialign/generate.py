@@ -1,8 +1,7 @@
-"""Stage 1 of the method: a model generates images for prompts, from seeds that are kept: python -m minialign.generate
+"""Stage 1 of the method: a model generates images for prompts, each from a known seed: python -m minialign.generate
 
-Generates images of any text-to-image model for prompts, and keeps them in a run's folder, ready to be labelled:
-images/, and feedback.sqlite with each image's prompt, file and seed. Finished batches are kept: the same command
-continues where it stopped.
+Generates images for prompts with any text-to-image model, and saves them in a run's folder, ready to be labelled:
+images/, and feedback.sqlite with the prompt, file and seed of each. A stopped command continues with the same command.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ Item = tuple[str, int]  # a prompt and the seed of its starting noise
 
 
 def noise_seed(run_seed: int, i: int, *, test: bool = False) -> int:
-    """The seed of a run's i-th starting noise; no two runs share one, nor feedback and test (i below NOISES)."""
+    """The seed of a run's i-th starting noise, i below NOISES: another one in every run, for feedback and for test."""
     return 1_000_000 + NOISES * (2 * run_seed + test) + i
 
 
@@ -44,13 +43,13 @@ def noise_seed(run_seed: int, i: int, *, test: bool = False) -> int:
 def sample_images(
     pipe: Pipeline, items: Sequence[Item], *, steps: int, guidance: float, batch: int = 64, title: str = "generate"
 ) -> Iterator[Image.Image]:
-    """Images of (prompt, seed) items, in order; image and seed belong together whatever the batch size."""
+    """Generate the images of (prompt, seed) items, in order. The batch size does not change which seed an image has."""
     bar = iter(progress(range(len(items)), title))
     for start in range(0, len(items), batch):
         chunk = items[start : start + batch]
         latents = pipe.noise([seed for _, seed in chunk])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of prompts that are cut: `check_sampling` says it once
+            warnings.simplefilter("ignore")  # that prompts are cut: `check_sampling` has warned once
             images = pipe.generate([text for text, _ in chunk], steps=steps, guidance=guidance, latents=latents)
         for image in images:
             next(bar)
@@ -67,19 +66,19 @@ def sample_to_folder(
     guidance: float,
     batch: int,
     title: str = "generate",
-    part: tuple[int, int] = (0, 1),
+    share: tuple[int, int] = (0, 1),
     finished: Callable[[range], None] = lambda rows: None,
 ) -> list[Path]:
-    """Sample (prompt, seed) items to folder/000000.png and so on; batches that are there already are kept.
+    """Generate the images of (prompt, seed) items as folder/000000.png and so on; existing batches are kept.
 
-    A batch of which an image is missing is sampled again whole: arithmetic may differ in the last bit with the batch
-    size. part (k, n) samples every n-th batch from the k-th on, one process's share. `finished` is called with the rows
+    A batch with a missing image is generated again as a whole, because the last bits of the results can depend on the
+    batch size. share (k, n): every n-th batch from the k-th on, for process k of n. `finished` is called with the rows
     of each of these batches as soon as its images are on disk.
     """
     paths = [folder / f"{i:06d}.png" for i in range(len(items))]
     batches = [range(start, min(start + batch, len(items))) for start in range(0, len(items), batch)]
     todo = []
-    for rows in batches[part[0] :: part[1]]:
+    for rows in batches[share[0] :: share[1]]:
         if all(paths[i].exists() for i in rows):
             finished(rows)
         else:
@@ -97,22 +96,22 @@ def sample_to_folder(
 
 
 def sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that sampling takes as arguments."""
+    """The settings of sampling as keyword arguments of `sample_to_folder`."""
     return {"steps": settings["sampling_steps"], "guidance": settings["guidance"], "batch": settings["draw_batch"]}
 
 
 # ----------------------------------------------------------------------------------------------------------- the run
 def load_model(run: Run, given: Mapping[str, Any], device: torch.device, dtype: str = "float32") -> Pipeline:
-    """The model of a run: the one that is given, else the remembered one, else the embedded one.
+    """The model of a run: the given one, else that of config.json, else the bundled one.
 
-    InputError where it is not the one that the run was begun with.
+    InputError where the run was begun with another model.
     """
     source = run.source("model", given)
     where: dict[str, Any] = {key: value for key in ("variant", "vae") if (value := run.source(key, given)) is not None}
     pipe = Pipeline.from_pretrained(source, device=device, **where)
     found, known = digest(pipeline_digest(pipe)), run.config.get("model_digest")
     if known not in (None, found):
-        begun = run.settings.get("model") or "the embedded model"
+        begun = run.settings.get("model") or "the bundled model"
         raise InputError(
             f"--model {source}: not the same as {begun}, which {run.folder} was begun with; accepted: that one, or "
             "another folder"
@@ -124,12 +123,12 @@ def load_model(run: Run, given: Mapping[str, Any], device: torch.device, dtype: 
 
 
 def grammar_of(world: str) -> Grammar:
-    """The words of the categories of a model's prompts: the embedded world's, else the paper's."""
+    """The grammar of a model's prompts: that of the toy data set, else the paper's."""
     return GRAMMAR if world == WORLD else PAPER
 
 
 def planned(settings: Mapping[str, Any], world: str) -> list[str]:
-    """The prompt of each image that a run's settings ask for."""
+    """The prompt of each image of a run, by its settings."""
     if settings["prompts"] is None:
         raise InputError("--prompts: needed; accepted: a file of prompts, or categories")
     if settings["prompts"] == "categories":
@@ -140,14 +139,14 @@ def planned(settings: Mapping[str, Any], world: str) -> list[str]:
     total = len(prompts) * number if number else settings["images"]
     if total > NOISES:
         raise InputError(f"--images-per-prompt: {len(prompts)} prompts x {number} images; accepted: {NOISES} in all")
-    if number:  # one prompt's images one after the other: people judge them side by side, from the first batch on
+    if number:  # the images of a prompt together: people label them side by side, from the first batch on
         return [prompt for prompt in prompts for _ in range(number)]
     categories = [found[0].category if (found := recognise(prompt)) else "" for prompt in prompts]
     return spread(prompts, categories, total, random.Random(settings["seed"]))
 
 
 def check_sampling(pipe: Pipeline, settings: Mapping[str, Any], prompts: Sequence[str]) -> None:
-    """InputError where the model cannot sample in so many steps; a warning names prompts that it would cut."""
+    """InputError where the schedule has fewer steps; a warning where the model would cut prompts."""
     pipe.schedule.timesteps(settings["sampling_steps"])
     cut = cut_warning(pipe.tokenizer, list(dict.fromkeys(prompts)))
     if cut and is_main_process():
@@ -157,43 +156,43 @@ def check_sampling(pipe: Pipeline, settings: Mapping[str, Any], prompts: Sequenc
 def generate_images(
     run: Run, settings: dict[str, Any], load: Callable[[], Pipeline], prompts: Sequence[str], redo: bool = False
 ) -> None:
-    """Stage 1 of a run, unless it is done: an image of each of the prompts, in the store and in images/.
+    """Stage `generate` of a run, unless it is done: an image for each of the prompts, in the store and in images/.
 
-    Several processes share the work. Prompt i starts from the run's i-th noise.
+    Several processes share the work. Image i starts from the run's i-th noise.
     """
     items = [(text, noise_seed(settings["seed"], i)) for i, text in enumerate(prompts)]
 
     def inputs() -> dict[str, str]:
-        there = run.folder / "images" / "000000.png"
-        if "generate" not in run.stages and there.exists():
-            raise InputError(f"{there}: no image of this run; move it away first")
+        first = run.folder / "images" / "000000.png"
+        if "generate" not in run.stages and first.exists():
+            raise InputError(f"{first}: no image of this run; move it away first")
         return {"prompts": digest(json.dumps(prompts)), "model": run.config["model_digest"]}
 
     def add(rows: Sequence[int]) -> None:
-        how = {setting.name: settings[setting.name] for setting in of_stage("generate") if not setting.free}
+        made_with = {setting.name: settings[setting.name] for setting in of_stage("generate") if not setting.free}
         store = FeedbackStore(run.folder)
         try:
-            store.add_images(((items[i][0], f"images/{i:06d}.png", items[i][1]) for i in rows), how)
+            store.add_images(((items[i][0], f"images/{i:06d}.png", items[i][1]) for i in rows), made_with)
         finally:
             store.close()
 
     why = f"the model generates {len(items)} images for {len(set(prompts))} prompts"
     with run.stage("generate", why, settings, inputs, redo=redo, together=True) as todo:
         if todo:
-            alone = processes()[1] == 1  # then people can label the first images while the others are made
-            finished = add if alone else lambda rows: None
+            single = processes()[1] == 1  # then people can label the first images while the others are generated
+            finished = add if single else lambda rows: None
             sample_to_folder(
-                load(), items, run.folder / "images", **sampling(settings), part=processes(), finished=finished
+                load(), items, run.folder / "images", **sampling(settings), share=processes(), finished=finished
             )
             barrier()
-            if is_main_process() and not alone:
+            if is_main_process() and not single:
                 add(range(len(items)))
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="python -m minialign.generate", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="the run's folder")
-    parser.add_argument("--out", type=Path, metavar="RUN", help="the same")
+    parser.add_argument("--out", type=Path, metavar="RUN", help="another way to give the run's folder")
     add_run_flags(parser)
     add_flags(parser, "generate")
     return parser.parse_args(arguments)
@@ -208,7 +207,7 @@ def main() -> None:
     if flags.get("images_per_prompt") and flags.get("images"):
         raise InputError("--images and --images-per-prompt exclude each other")
     if flags.get("prompts") not in (None, "categories"):
-        read_prompts(Path(flags["prompts"]))  # a mistake is told before the folder is made
+        read_prompts(Path(flags["prompts"]))  # so that a mistake is reported before the folder is made
     with opened(folder) as run:
 
         @cache
@@ -221,23 +220,23 @@ def main() -> None:
         prompts = planned(settings, run.world)
         check_sampling(load(), settings, prompts)
         generate_images(run, settings, sampler(run, settings, flags, device, load), prompts, args.redo)
-    print(f"{folder}: {len(prompts)} images of {len(set(prompts))} prompts. Next: python -m minialign.label {folder}")
+    print(f"{folder}: {len(prompts)} images for {len(set(prompts))} prompts. Next: python -m minialign.label {folder}")
 
 
 def sampler(
     run: Run, settings: Mapping[str, Any], flags: Mapping[str, Any], device: torch.device, load: Callable[[], Pipeline]
 ) -> Callable[[], Pipeline]:
-    """What loads the run's model to sample with: `load`, the float32 one, unless --sampling-dtype is another."""
+    """The function that loads the run's model for sampling: `load` (float32), unless --sampling-dtype is another."""
     dtype = settings["sampling_dtype"]
     return load if dtype == "float32" else partial(load_model, run, flags, device, dtype)
 
 
 def per_prompt(run: Run, settings: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """How many images: as many of each prompt of a file, unless the number of all is given; else the defaults."""
+    """The setting images_per_prompt where it differs: 3 for a file of prompts, none where --images is given."""
     if flags.get("images"):
         return {"images_per_prompt": None}
-    asked = "generate" in run.stages or settings["images_per_prompt"] is not None
-    if settings["prompts"] != "categories" and not asked:
+    decided = "generate" in run.stages or settings["images_per_prompt"] is not None
+    if settings["prompts"] != "categories" and not decided:
         return {"images_per_prompt": 3}
     return {}
 

@@ -56,7 +56,7 @@ class Pipeline:
 
     Stable Diffusion XL has `text_encoder_2` and `tokenizer_2` besides, and may take zeros in place of an empty negative
     prompt (`zero_unconditional`). `card` is the text of the checkpoint's README.md. `world` is "shapes" for the
-    embedded checkpoint and all that is fine-tuned from it, else "".
+    embedded checkpoint and all that is fine-tuned from it, else "". `source` says where it was loaded from.
     """
 
     def __init__(
@@ -72,19 +72,20 @@ class Pipeline:
         zero_unconditional: bool = False,
         card: str = "",
         world: str = "",
+        source: str = "",
     ):
         self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
         self.tokenizer, self.schedule = tokenizer, schedule
         self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
-        self.zero_unconditional, self.card, self.world = zero_unconditional, card, world
+        self.zero_unconditional, self.card, self.world, self.source = zero_unconditional, card, world, source
 
     def __repr__(self) -> str:
         family = "Stable Diffusion XL" if self.text_encoder_2 is not None else "Stable Diffusion"
         millions = sum(weight.numel() for weight in self.unet.parameters()) / 1e6
         height, width = self.image_size
         return (
-            f"Pipeline({family}, UNet of {millions:.1f} million parameters, {self.schedule.prediction_type}, "
-            f"images of {height} x {width}, {self.dtype} on {self.device})"
+            f"Pipeline({self.source or 'not from a file'}: {family}, UNet of {millions:.1f} million parameters, "
+            f"{self.schedule.prediction_type},\n         images of {height} x {width}, {self.dtype} on {self.device})"
         )
 
     @classmethod
@@ -133,6 +134,7 @@ class Pipeline:
             pipe = _from_folder(place, variant, vae, how, hub)
         if dtype == torch.float16 and pipe.vae.config.get("force_upcast", True) and pipe.text_encoder_2 is not None:
             pipe.vae.float()  # XL's overflows in half precision, unless its config says otherwise
+        pipe.source = "the bundled model" if source is None else str(source)
         try:
             _check_fit(pipe, place)
         except InputError:

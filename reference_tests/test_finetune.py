@@ -531,7 +531,7 @@ def test_another_training_s_checkpoints_are_neither_kept_nor_continued(finished,
     (other / "stages.json").write_text(json.dumps({name: stages[name] for name in ("generate", "label", "reward")}))
     shutil.copytree(finished / "checkpoints", other / "checkpoints")
     code, _, err = command(main, capsys, other)
-    assert code == 2 and "of a training with other settings" in err
+    assert code == 2 and "was saved with other settings" in err
 
 
 def test_bad_pairs_are_one_line(tmp_path, capsys):

@@ -165,7 +165,7 @@ def test_a_run_of_other_settings_is_left_alone(tmp_path, file, capsys):
     for more, message in (
         (("--seed", 1), "stage generate is out of date: --seed was 0, now 1"),
         (("--guidance", 1), "stage generate is out of date: --guidance was 3.0, now 1.0"),
-        (("--model", tmp_path / "other"), "other: not the same as the embedded model, which"),
+        (("--model", tmp_path / "other"), "other: not the same as the bundled model, which"),
     ):
         code, _, err = command(main, capsys, *small(file, run, *more))
         assert code == 2 and message in err and err.count("\n") == 1, err

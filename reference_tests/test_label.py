@@ -1,4 +1,4 @@
-"""The labelling page: what comes next, what is kept whatever happens, who is refused, and a browser that labels."""
+"""The label page: what comes next, what is kept whatever happens, who is refused, and a browser that labels."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def ask(port: int, path: str, body=None, method=None, **headers):
 
 
 def post(port: int, labeller: str, image: int, verdict: str | None):
-    return ask(port, "/api/judge", {"labeller": labeller, "image": image, "verdict": verdict})
+    return ask(port, "/api/verdict", {"labeller": labeller, "image": image, "verdict": verdict})
 
 
 def kept(folder: Path) -> dict[tuple[str, int], str]:
@@ -116,7 +116,7 @@ def test_three_images_of_a_prompt_come_together_and_none_twice(run):
         assert {prompts[slot["id"]] for slot in slots} == {items[0]["prompt"]}
         sizes.append(len(slots))
         for slot in slots:
-            book.judge("ann", slot["id"], "good")
+            book.save("ann", slot["id"], "good")
             seen.append(slot["id"])
     assert sorted(seen) == list(range(1, 13)) and Counter(sizes) == {3: 3, 1: 1, 2: 1}
     assert book.progress("ann")["done"] == 12 == book.progress("bob")["total"] and book.progress("bob")["done"] == 0
@@ -164,9 +164,9 @@ def test_what_others_have_judged_comes_last(run):
     firsts = {book.next(str(i))[0]["item"] for i in range(20)}
     assert item["item"] in firsts
     for slot in item["slots"]:
-        book.judge("ann", slot["id"], "skip")
+        book.save("ann", slot["id"], "skip")
     assert item["item"] not in {book.next(str(i))[0]["item"] for i in range(20)}
-    book.judge("ann", item["slots"][0]["id"], None)
+    book.save("ann", item["slots"][0]["id"], None)
     assert {book.next(str(i))[0]["item"] for i in range(20)} == firsts
     book.store.close()
 
@@ -190,7 +190,7 @@ def test_images_and_labels_that_come_meanwhile(run):
     other.add_images([("a new prompt", "images/new.png", 99)])
     for _ in range(6):
         for slot in (items := book.next("ann"))[0]["slots"]:
-            book.judge("ann", slot["id"], "good")
+            book.save("ann", slot["id"], "good")
         if items[0]["prompt"] == "a new prompt":
             break
     else:
@@ -206,7 +206,7 @@ def test_back_and_undo(run):
     for _ in range(2):
         item = book.next("ann")[0]
         for slot in item["slots"]:
-            book.judge("ann", slot["id"], "good")
+            book.save("ann", slot["id"], "good")
         done.append(item["item"])
     last = book.back("ann", "")
     assert last["item"] == done[1] and [slot["verdict"] for slot in last["slots"]] == ["good"] * len(last["slots"])
@@ -215,9 +215,9 @@ def test_back_and_undo(run):
     assert book.back("ann", min(slot["time"] for slot in first["slots"])) is None and book.back("bob", "") is None
     image = first["slots"][0]["id"]
     before = book.progress("ann")["done"]
-    assert book.judge("ann", image, "bad")["progress"]["done"] == before  # changed, not added
-    assert book.judge("ann", image, None)["progress"]["done"] == before - 1  # taken back
-    assert book.judge("ann", image, None)["progress"]["done"] == before - 1  # nothing to take back
+    assert book.save("ann", image, "bad")["progress"]["done"] == before  # changed, not added
+    assert book.save("ann", image, None)["progress"]["done"] == before - 1  # taken back
+    assert book.save("ann", image, None)["progress"]["done"] == before - 1  # nothing to take back
     assert ("ann", image) not in kept(run) and book.next("ann")[0]["item"] == done[0]
     book.store.close()
 
@@ -225,13 +225,13 @@ def test_back_and_undo(run):
 def test_the_last_verdict_is_the_latest_whatever_the_clock(run, tmp_path):
     other = make_run(tmp_path / "other", {"a cat": 3, "two dogs": 4, "a red cow": 5}, color=200)
     for book, verdict in ((LabelBook(FeedbackStore(run)), "good"), (ComparisonBook(FeedbackStore(run), other), "tie")):
-        book.judge("ann", 1, verdict)
-        table = book.judgements.table
+        book.save("ann", 1, verdict)
+        table = book.saved.table
         book.store.database.execute(f"UPDATE {table} SET time = '2099-12-31T23:59:59.999Z'")
         for image in (12, 4, 8):
-            book.judge("ann", image, verdict)
+            book.save("ann", image, verdict)
             assert image in [slot["id"] for slot in book.back("ann", "")["slots"]]
-        book.judge("bob", 1, verdict)
+        book.save("bob", 1, verdict)
         times = dict(book.store.query(f"SELECT image, time FROM {table} WHERE labeller = 'ann'"))
         assert [times[image] for image in (12, 4, 8)] == [f"2100-01-01T00:00:00.00{i}Z" for i in range(3)]
         ((bobs,),) = book.store.query(f"SELECT time FROM {table} WHERE labeller = 'bob'")
@@ -248,7 +248,7 @@ def test_enough_labels_end_the_work(run):
         while items := book.next(name):
             for slot in items[0]["slots"]:
                 if judged < 9:
-                    book.judge(name, slot["id"], "good")
+                    book.save(name, slot["id"], "good")
                     judged += 1
             if judged == 9:
                 break
@@ -257,7 +257,7 @@ def test_enough_labels_end_the_work(run):
     assert judged < 9 and set(counts.values()) == {2} and len(counts) == 12  # 9 + 9 + 6
     assert book.next("dan") == [] and book.finished("dan") and not LabelBook(book.store).finished("dan")
     assert book.progress("dan") == {"done": 0, "total": 0, "speed": None}
-    book.judge("ann", 1, None) if ("ann", 1) in kept(run) else book.judge("bob", 1, None)
+    book.save("ann", 1, None) if ("ann", 1) in kept(run) else book.save("bob", 1, None)
     assert book.next("dan")[0]["item"] and book.progress("dan")["total"] == 1
     book.store.close()
 
@@ -266,9 +266,9 @@ def test_agreement_is_told_at_the_end_alone(run):
     book = LabelBook(FeedbackStore(run))
     book.store.add_labels("bob", [(image, "good") for image in range(1, 13)])
     book.store.add_labels("ann", [(image, "bad") for image in range(1, 12)])
-    assert [len(book.told(name)) for name in (None, "ann", "bob")] == [1, 1, 2]
-    book.judge("ann", 12, "bad")
-    assert "kappa" in book.told("ann")[1] and "kappa" not in book.told("cy")[0]
+    assert [len(book.results(name)) for name in (None, "ann", "bob")] == [1, 1, 2]
+    book.save("ann", 12, "bad")
+    assert "kappa" in book.results("ann")[1] and "kappa" not in book.results("cy")[0]
     book.store.close()
 
 
@@ -429,34 +429,34 @@ REFUSED = [
     (403, "/", None, {"Host": "[::1"}),
     (403, "/", None, {"Host": "[::1]x"}),
     (403, "/", None, {"Host": "a@localhost"}),
-    (403, "/api/judge", GOOD, {"Origin": "http://evil.example"}),
-    (403, "/api/judge", GOOD, {"Origin": "null"}),
-    (403, "/api/judge", GOOD, {"Origin": "http://127.0.0.1:1"}),
-    (415, "/api/judge", GOOD, {"Content_Type": "text/plain"}),
-    (415, "/api/judge", GOOD, {"Content_Type": "application/x-www-form-urlencoded"}),
-    (400, "/api/judge", b"{", {}),
-    (400, "/api/judge", b"[" * 4000, {}),
-    (400, "/api/judge", b"\xff\xfe", {}),
-    (400, "/api/judge", [], {}),
-    (400, "/api/judge", {"labeller": "ann"}, {}),
-    (400, "/api/judge", GOOD | {"image": "1"}, {}),
-    (400, "/api/judge", GOOD | {"image": True}, {}),
-    (400, "/api/judge", GOOD | {"image": 1.0}, {}),
-    (404, "/api/judge", GOOD | {"image": 10**30}, {}),
-    (404, "/api/judge", GOOD | {"image": -1}, {}),
-    (404, "/api/judge", GOOD | {"image": 999}, {}),
-    (400, "/api/judge", GOOD | {"verdict": "fine"}, {}),
-    (400, "/api/judge", GOOD | {"verdict": 1}, {}),
-    (400, "/api/judge", GOOD | {"labeller": " "}, {}),
-    (400, "/api/judge", GOOD | {"labeller": "x" * 65}, {}),
-    (400, "/api/judge", GOOD | {"labeller": "a\x00b"}, {}),
-    (400, "/api/judge", GOOD | {"labeller": "\ud800"}, {}),
-    (400, "/api/judge", GOOD | {"labeller": None}, {}),
-    (400, "/api/judge", GOOD | {"labeller": "simulated annotator"}, {}),
-    (413, "/api/judge", b"x" * 4097, {}),
-    (411, "/api/judge", GOOD, {"Content_Length": "-1"}),
-    (411, "/api/judge", GOOD, {"Content_Length": "9" * 30}),
-    (411, "/api/judge", GOOD, {"Transfer_Encoding": "chunked", "Content_Length": "10"}),
+    (403, "/api/verdict", GOOD, {"Origin": "http://evil.example"}),
+    (403, "/api/verdict", GOOD, {"Origin": "null"}),
+    (403, "/api/verdict", GOOD, {"Origin": "http://127.0.0.1:1"}),
+    (415, "/api/verdict", GOOD, {"Content_Type": "text/plain"}),
+    (415, "/api/verdict", GOOD, {"Content_Type": "application/x-www-form-urlencoded"}),
+    (400, "/api/verdict", b"{", {}),
+    (400, "/api/verdict", b"[" * 4000, {}),
+    (400, "/api/verdict", b"\xff\xfe", {}),
+    (400, "/api/verdict", [], {}),
+    (400, "/api/verdict", {"labeller": "ann"}, {}),
+    (400, "/api/verdict", GOOD | {"image": "1"}, {}),
+    (400, "/api/verdict", GOOD | {"image": True}, {}),
+    (400, "/api/verdict", GOOD | {"image": 1.0}, {}),
+    (404, "/api/verdict", GOOD | {"image": 10**30}, {}),
+    (404, "/api/verdict", GOOD | {"image": -1}, {}),
+    (404, "/api/verdict", GOOD | {"image": 999}, {}),
+    (400, "/api/verdict", GOOD | {"verdict": "fine"}, {}),
+    (400, "/api/verdict", GOOD | {"verdict": 1}, {}),
+    (400, "/api/verdict", GOOD | {"labeller": " "}, {}),
+    (400, "/api/verdict", GOOD | {"labeller": "x" * 65}, {}),
+    (400, "/api/verdict", GOOD | {"labeller": "a\x00b"}, {}),
+    (400, "/api/verdict", GOOD | {"labeller": "\ud800"}, {}),
+    (400, "/api/verdict", GOOD | {"labeller": None}, {}),
+    (400, "/api/verdict", GOOD | {"labeller": "simulated annotator"}, {}),
+    (413, "/api/verdict", b"x" * 4097, {}),
+    (411, "/api/verdict", GOOD, {"Content_Length": "-1"}),
+    (411, "/api/verdict", GOOD, {"Content_Length": "9" * 30}),
+    (411, "/api/verdict", GOOD, {"Transfer_Encoding": "chunked", "Content_Length": "10"}),
     (404, "/api/other", GOOD, {}),
     (400, "/api/next", None, {}),
     (400, "/api/next?labeller=ann&without=1,x", None, {}),
@@ -480,12 +480,12 @@ def test_what_is_refused_says_so_in_one_line(run):
             assert "Traceback" not in told["error"] and headers["Connection"] == "close"
         assert not kept(run)
         same = {"Host": f"localhost:{port}", "Origin": f"http://localhost:{port}"}
-        assert ask(port, "/api/judge", GOOD, **same)[0] == 200 and kept(run) == {("ann", 1): "good"}
+        assert ask(port, "/api/verdict", GOOD, **same)[0] == 200 and kept(run) == {("ann", 1): "good"}
 
 
 def test_mistakes_of_the_server_are_told_to_its_terminal_alone(run, monkeypatch, capsys):
     book = LabelBook(FeedbackStore(run))
-    monkeypatch.setattr(book, "told", lambda labeller: 1 / 0)
+    monkeypatch.setattr(book, "results", lambda labeller: 1 / 0)
     with served(book) as port:
         status, told, _ = ask(port, "/api/summary")
         assert status == 500 and "division" not in told["error"] and "ZeroDivisionError" in capsys.readouterr().err
@@ -516,18 +516,21 @@ def test_the_token_is_needed_and_kept_in_a_cookie(run):
             "/?once=x",
         ):
             assert ask(port, path, **own)[0] == 401
-        assert ask(port, "/api/judge", GOOD, **own)[0] == 401
+        assert ask(port, "/api/verdict", GOOD, **own)[0] == 401
         assert ask(port, f"/?token={TOKEN}", Host="evil.example")[0] == 403
         status, _, headers = ask(port, f"/?token={TOKEN}", **own)
         assert (status, headers["Location"]) == (303, "./") and "HttpOnly; SameSite=Lax" in headers["Set-Cookie"]
         cookie = own | {"Cookie": headers["Set-Cookie"].split(";")[0]}
         assert ask(port, "/", **cookie)[0] == 200
-        assert ask(port, "/api/judge", GOOD, **cookie)[0] == 200
-        assert ask(port, "/api/judge", GOOD, Origin="http://evil.example", **cookie)[0] == 403
+        assert ask(port, "/api/verdict", GOOD, **cookie)[0] == 200
+        assert ask(port, "/api/verdict", GOOD, Origin="http://evil.example", **cookie)[0] == 403
         # a person who opens the address without the token reads what to do
         status, page, headers = ask(port, "/", Accept="text/html,*/*", **own)
         assert status == 401 and headers["Content-Type"].startswith("text/html")
-        assert b"open the whole address that the server printed in its terminal" in page and b"<script" not in page
+        assert (
+            b"open the complete address, with ?token=, that the server printed in its terminal" in page
+            and b"<script" not in page
+        )
 
 
 def test_the_code_that_the_browser_is_opened_with_works_once(run):
@@ -565,7 +568,7 @@ def test_one_request_is_one_request(run):
         head = f"Host: localhost:{port}\r\nCookie: minialign-{port}={TOKEN}\r\n"
         body = json.dumps(GOOD)
         kind = "Content-Type: application/json\r\n"
-        second = f"POST /api/judge HTTP/1.1\r\n{head}{kind}Content-Length: {len(body)}\r\n\r\n{body}"
+        second = f"POST /api/verdict HTTP/1.1\r\n{head}{kind}Content-Length: {len(body)}\r\n\r\n{body}"
         refused = (
             f"GET / HTTP/1.1\r\n{head}Content-Length: {len(second)}\r\n\r\n{second}",
             f"HEAD / HTTP/1.1\r\n{head}Content-Length: {len(second)}\r\n\r\n{second}",
@@ -589,7 +592,7 @@ def test_many_and_slow_clients_leave_room_for_others(run, monkeypatch):
     with served(LabelBook(FeedbackStore(run))) as port:
         slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
         for connection in slow:
-            connection.sendall(b"POST /api/judge HTTP/1.1\r\nHost: x\r\n")
+            connection.sendall(b"POST /api/verdict HTTP/1.1\r\nHost: x\r\n")
         assert post(port, "ann", 1, "good")[0] == 200
         deadline = time.monotonic() + 20
         while threading.active_count() > before + 1 + 6 and time.monotonic() < deadline:
@@ -609,15 +612,15 @@ def test_many_and_slow_clients_leave_room_for_others(run, monkeypatch):
 
 def test_a_page_behind_a_proxy(run):
     with served(LabelBook(FeedbackStore(run))) as port:
-        status, told, _ = ask(port, "/api/judge", GOOD, Origin="https://labels.example.org")
+        status, told, _ = ask(port, "/api/verdict", GOOD, Origin="https://labels.example.org")
         assert status == 403 and "https://labels.example.org" in told["error"] and "--origin" in told["error"]
     with served(LabelBook(FeedbackStore(run)), origin="https://labels.example.org/some/path") as port:
         for host in (f"127.0.0.1:{port}", "labels.example.org"):  # as the proxy has it
-            for path in ("/api/judge", "/some/path/api/judge"):
+            for path in ("/api/verdict", "/some/path/api/verdict"):
                 same = {"Host": host, "Origin": "https://labels.example.org"}
                 assert ask(port, path, GOOD, **same)[0] == 200
         for origin in ("http://labels.example.org", "https://labels.example.org.evil", "https://evil.example"):
-            assert ask(port, "/api/judge", GOOD, Origin=origin)[0] == 403
+            assert ask(port, "/api/verdict", GOOD, Origin=origin)[0] == 403
         assert ask(port, "/some/path/")[0] == 200 == ask(port, "/some/path/image/1")[0] == ask(port, "/image/1")[0]
         assert ask(port, "/other/path/")[0] == 404
     page = (page_server.PAGE / "label.html").read_text() + (page_server.PAGE / "label.js").read_text()
@@ -686,7 +689,7 @@ def test_labels_go_out_and_in_by_command(run, tmp_path, monkeypatch, capsys):
     assert code == 0 and "3 new labels" in out
     assert kept(tmp_path / "new") == {("ann", 1): "good", ("ann", 2): "bad", ("ann", 3): "skip"}
     code, out, _ = command(monkeypatch, capsys, run, "--summary")
-    assert out == "3 labels by 1 labeller on 3 of 12 images\nNo image was judged by two labellers yet\n"
+    assert out == "3 labels by 1 labeller on 3 of 12 images\nNo image has labels by two labellers yet\n"
 
 
 # ------------------------------------------------------------------------------------- images that another tool made
@@ -719,7 +722,7 @@ def test_a_folder_of_images_with_captions_begins_a_run(tmp_path, monkeypatch, ca
     assert sorted(path.name for path in source.iterdir()) == before
     shown = [slot["id"] for item in book.next("ann", number=9) for slot in item["slots"]]
     assert len(shown) == 3 and all(book.picture(image, None)[0] == "image/png" for image in shown)
-    book.judge("ann", shown[0], "good")
+    book.save("ann", shown[0], "good")
     book.store.close()
     own_folder(tmp_path / "more", {"d": "a cow"})
     (tmp_path / "more" / "d.png").rename(source / "d.png"), (tmp_path / "more" / "d.txt").rename(source / "d.txt")
@@ -821,7 +824,7 @@ def test_a_comparison_is_blind_and_kept(tmp_path, monkeypatch, capsys):
     run = make_run(tmp_path / "run", prompts)
     other = make_run(tmp_path / "other", prompts, color=200)
     book = ComparisonBook(FeedbackStore(run), other)
-    assert book.told("ann") == [] and compared(run, other) == ["Nothing decided yet; 0 ties"]
+    assert book.results("ann") == [] and compared(run, other) == ["No comparison is decided yet; 0 ties"]
     ours = {(run / "images" / f"{i:03d}.png").read_bytes() for i in range(20)}
     sides, chosen = Counter(), {}
     with served(book) as port:
@@ -909,7 +912,7 @@ def test_sets_are_compared_blind_and_won_by_two_thirds(tmp_path, monkeypatch, ca
         assert {book.side(image) for image in book.sets[1]} == {book.side(1)}
     code, out, _ = command(monkeypatch, capsys, run, "--compare", other, "--sets", 4, "--summary")
     assert code == 0 and "sets of 4 images of a prompt: 50% won, 50% tied, 0% lost of 2 sets\n6 votes" in out
-    for size, nothing in ((1, "Nothing decided yet"), (3, "No sets of 3 compared yet")):  # are counted apart
+    for size, nothing in ((1, "No comparison is decided yet"), (3, "No sets of 3 compared yet")):  # are counted apart
         _, out, _ = command(monkeypatch, capsys, run, "--compare", other, "--sets", size, "--summary")
         assert nothing in out
     command(monkeypatch, capsys, run, "--compare", other, "--export", tmp_path / "votes.jsonl")
@@ -1166,6 +1169,22 @@ def test_images_and_buttons_are_in_sight_whatever_the_prompt(browser, tmp_path, 
 
 
 @pytest.mark.slow
+def test_the_first_page_shows_guide_name_and_button_at_once(browser, run):
+    guide = "An image is good when everything that the prompt names is there.\n" * 40
+    with served(LabelBook(FeedbackStore(run)), guide=guide) as port:
+        for width, height in SIZES:
+            with sized(browser, width, height):
+                browser.get(f"http://127.0.0.1:{port}/?token={TOKEN}")
+                browser.execute_script("sessionStorage.clear()")
+                browser.refresh()
+                wait(browser, "return !$('begin').hidden")
+                places = ["#begin .instructions", "#name", "#begin .main"]
+                box = "const b = document.querySelector(arguments[0]).getBoundingClientRect(); return [b.top, b.bottom]"
+                for top, bottom in (browser.execute_script(box, place) for place in places):
+                    assert 0 <= top < bottom <= height, (width, places)
+
+
+@pytest.mark.slow
 def test_zoom_names_and_keyboards(browser, run, tmp_path):
     from selenium.webdriver.common.keys import Keys
 
@@ -1188,6 +1207,12 @@ def test_zoom_names_and_keyboards(browser, run, tmp_path):
                                ".observe($('large'), { childList: true })")  # fmt: skip
         press(browser, "l")
         assert "Left is better" in browser.execute_script("return MOVED") and decided() == 1
+        assert browser.execute_script("return [...$('zoom-dock').children].map((b) => b.textContent)") == [
+            "LeftL", "TieT", "RightR"
+        ]  # the keys that give a verdict here  # fmt: skip
+        browser.execute_script("$('zoom-dock').children[1].click()")
+        wait(browser, IDLE)
+        assert "Tie" in browser.execute_script("return MOVED") and decided() == 2
         press(browser, "z")
         assert browser.execute_script("return document.activeElement === $('cards').children[at].firstChild")
         browser.execute_script("$('who').click()")
@@ -1208,7 +1233,7 @@ def test_zoom_names_and_keyboards(browser, run, tmp_path):
             key("b", "KeyB")
         wait(browser, "return !$('end').hidden && document.querySelectorAll('#summary li').length === 2")
         assert browser.execute_script("return $('total').textContent").startswith(
-            "ann  of the hill, you have judged all 12"
+            "ann  of the hill, you have labelled all 12"
         )
 
 
@@ -1239,8 +1264,8 @@ def test_a_verdict_that_is_lost_is_sent_again_once(browser, run):
     told = wait(browser, "return !$('error').hidden && $('error').textContent")
     assert "Your last verdict is sent again" in told and not kept(run)
     server = Server(LabelBook(FeedbackStore(run)), "127.0.0.1", port, TOKEN, labeller="Ann")
-    calls, judge = [], server.book.judge
-    server.book.judge = lambda *given: calls.append(given) or judge(*given)
+    calls, save = [], server.book.save
+    server.book.save = lambda *given: calls.append(given) or save(*given)
     thread = started(server)
     wait(browser, IDLE)
     assert kept(run) == {("Ann", image): "good"} and calls == [("Ann", image, "good")]

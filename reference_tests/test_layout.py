@@ -1,6 +1,7 @@
 """The house's rules, held by reading the imports of its source: who may know whom, how long a function may be."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -119,6 +120,13 @@ def test_every_file_has_its_place():
     }
     made = {"runs", "build", "dist", "minialign.egg-info"}  # by commands and installations, never committed
     assert top - made == expected
+
+
+def test_only_what_ci_runs_is_classified():
+    project, ci = ((ROOT / name).read_text() for name in ("pyproject.toml", ".github/workflows/ci.yml"))
+    classified = re.findall(r'"(?:Programming Language :: Python|Operating System) :: (.*)"', project)
+    assert "bash .ci/run" in ci and "runs-on: ubuntu" in ci
+    assert sorted(classified) == sorted(["POSIX :: Linux", *re.findall(r"python:(3\.\d+)", ci)])
 
 
 def test_the_core_imports_only_the_core():

@@ -125,11 +125,13 @@ def test_what_generate_refuses(pipe, folder):
             Pipeline.from_pretrained(**{key: None})
 
 
-def test_a_pipeline_says_what_it_is(pipe):
+def test_a_pipeline_says_what_it_is(pipe, folder):
+    size = f"UNet of {sum(p.numel() for p in pipe.unet.parameters()) / 1e6:.1f} million parameters"
     assert repr(pipe) == (
-        f"Pipeline(Stable Diffusion, UNet of {sum(p.numel() for p in pipe.unet.parameters()) / 1e6:.1f} million "
-        "parameters, v_prediction, images of 64 x 64, torch.float32 on cpu)"
+        f"Pipeline(the bundled model: Stable Diffusion, {size}, v_prediction,\n"
+        "         images of 64 x 64, torch.float32 on cpu)"
     )
+    assert repr(Pipeline.from_pretrained(folder)).startswith(f"Pipeline({folder}: Stable Diffusion, ")
 
 
 def test_prompts_that_are_cut_are_named_with_what_is_lost(pipe):

@@ -16,7 +16,7 @@ from minialign.engine.run import (
     digest,
     file_digest,
     is_run,
-    judgements,
+    label_digest,
     locked,
     opened,
     read_metrics,
@@ -336,7 +336,7 @@ def test_imported_labels_can_be_removed_until_somebody_changes_one(tmp_path):
     run, store = Run(folder), labelled(folder, "Anna")
     with run.stage("label", "", SETTINGS, dict) as todo:
         assert todo
-        run.stages["label"]["imported"] = judgements(store)
+        run.stages["label"]["imported"] = label_digest(store)
     with pytest.raises(InputError, match="out of date"):
         do(Run(folder), "label", seed=1)
     store.add_labels("Anna", [(1, "bad")])
@@ -344,12 +344,12 @@ def test_imported_labels_can_be_removed_until_somebody_changes_one(tmp_path):
         with pytest.raises(InputError, match="holds labels by Anna"):
             attempt()
     assert store.labels() == {1: 0.0}
-    run.stages["label"]["imported"] = judgements(store)
+    run.stages["label"]["imported"] = label_digest(store)
     run.clear("label")
     assert store.labels() == {} and len(store.images()) == 1 and "label" not in Run(folder).stages
     store.add_labels("Anna", [(1, "good")])
     with run.stage("label", "", SETTINGS, dict):
-        run.stages["label"]["imported"] = judgements(store)
+        run.stages["label"]["imported"] = label_digest(store)
     store.close()
     remove_run(folder)
     assert files(folder) == set()

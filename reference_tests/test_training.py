@@ -191,11 +191,11 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     assert (tmp_path / "disk" / "step-3").is_dir()
     assert load_checkpoint(tmp_path / "checkpoints", *make(False), digest="seed 0") == 3
     for digest in ("seed 3", ""):
-        with pytest.raises(InputError, match="step-3: is of a training with other settings or of an older version"):
+        with pytest.raises(InputError, match="step-3: was saved with other settings or by an older version"):
             load_checkpoint(tmp_path / "checkpoints", *make(False), digest=digest)
     sums = tmp_path / "disk" / "step-3" / "SHA256SUMS"
     sums.write_text("".join(line for line in sums.read_text().splitlines(True) if not line.startswith("#")))
-    with pytest.raises(InputError, match="or of an older version; accepted: --fresh"):
+    with pytest.raises(InputError, match="or by an older version; accepted: --fresh"):
         load_checkpoint(tmp_path / "checkpoints", *make(False), digest="seed 0")
 
 

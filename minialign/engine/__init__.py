@@ -1,1 +1,1 @@
-"""What carries the stages: processes, checkpoints, learning rates and averages, command lines."""
+"""What the stages are built on: settings, the run's folder, processes, checkpoints, command lines."""

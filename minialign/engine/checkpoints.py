@@ -17,19 +17,19 @@ from ..files import InputError, checksum, first_line, flush, remove, remove_unfi
 from .optimising import EMA, trained
 from .processes import barrier, gathered, is_main_process, processes
 
-CHECKSUMS = "SHA256SUMS"  # of a checkpoint's files, as sha256sum -c reads it
-SETTINGS = "# settings: "  # how its line with their digest begins, which sha256sum passes over
+CHECKSUMS = "SHA256SUMS"  # of a checkpoint's files, in the format of sha256sum -c
+SETTINGS = "# settings: "  # begins the line with the digest of the settings, which sha256sum skips
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 
 def training_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None, scaler: torch.amp.GradScaler | None
 ) -> dict[str, Tensor]:
-    """What a training resumes from, by name: the tensors themselves, some of which FSDP2 shards."""
+    """The tensors that a training resumes from, by name; not copies, and some may be sharded by FSDP2."""
     tensors: dict[str, Tensor] = {}
     for name, p in trained(model).items():
         state = optimizer.state[p]
-        if not state:  # as AdamW begins
+        if not state:  # AdamW's initial state
             state["step"] = torch.zeros((), device=p.device)
             state |= {key: torch.zeros_like(p, memory_format=torch.preserve_format) for key in MOMENTS}
         tensors |= {f"model.{name}": p.detach(), "optimizer.step": state["step"].reshape(1)}  # the same for all
@@ -54,10 +54,9 @@ def save_checkpoint(
 ) -> None:
     """Write `folder`/step-N and remove all but the last `keep`. `step` is the number of finished steps.
 
-    `digest` stands for the settings of the training, so that `load_checkpoint` does not go on from another's. All
-    processes call it, and each writes its part, in safetensors files of at most about 1 GiB by
-    torch.distributed.checkpoint. InputError names what the system says where it cannot be written; the earlier ones
-    are whole then.
+    `digest` stands for the settings of the training: `load_checkpoint` refuses a checkpoint with another one. All
+    processes call this, and each writes its share of the tensors in safetensors files of at most about 1 GiB by
+    torch.distributed.checkpoint. InputError where it cannot be written; earlier checkpoints stay whole then.
     """
     from torch.distributed import checkpoint as dcp  # slow to import
 
@@ -87,7 +86,7 @@ def save_checkpoint(
 
 
 def _write_state(folder: Path, state: dict[str, Tensor], digest: str) -> None:
-    """Each process's part of the tensors, in files of at most about 1 GiB, and then the checksums of all."""
+    """Write this process's share of the tensors, in files of at most about 1 GiB; the main process adds checksums."""
     from torch.distributed import checkpoint as dcp
 
     rank, files, total = processes()[0], {}, 0
@@ -95,26 +94,26 @@ def _write_state(folder: Path, state: dict[str, Tensor], digest: str) -> None:
         files[name] = 1 + total // 2**30
         total += tensor.numel() * tensor.element_size()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of there being one process
+        warnings.simplefilter("ignore")  # that there is one process
         dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), files, save_distributed=True))
     mine = sorted(folder.glob(f"shard-{rank + 1:05d}-*"))
     sums = gathered([f"{checksum(path)}  {path.name}\n" for path in mine])
     if rank == 0:
-        lines = [f"{SETTINGS}{digest}\n", *(line for part in sums for line in part)]
+        lines = [f"{SETTINGS}{digest}\n", *(line for of_process in sums for line in of_process)]
         (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
         flush(folder / CHECKSUMS)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; what has other names than these is passed over."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch("step-[0-9]+", path.name)]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    """The checkpoints of a run, oldest first; files with other names are ignored."""
+    steps = [path for path in folder.glob("step-*") if re.fullmatch("step-[0-9]+", path.name)]
+    return sorted(steps, key=lambda path: int(path.name[5:]))
 
 
 def whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose checksums hold; a damaged one is named on stderr and set aside.
+    """The newest checkpoint whose checksums are right; a damaged one is renamed, with a warning.
 
-    All processes call it, and each reads a part of the files.
+    All processes call this, and each checks a share of the files.
     """
     rank, size = processes()
     for place in reversed(checkpoints(folder)):
@@ -122,9 +121,7 @@ def whole_checkpoint(folder: Path) -> Path | None:
             lines = (place / CHECKSUMS).read_text(encoding="utf-8").splitlines()
             sums = [line.split("  ") for line in lines if not line.startswith("#")]
             wrong = [name for value, name in sums[rank::size] if checksum(place / name) != value]
-            reason = (
-                f"the checksum of {wrong[0]} is not that of its content" if wrong else "" if sums else "no checksums"
-            )
+            reason = f"the checksum of {wrong[0]} is wrong" if wrong else "" if sums else "no checksums"
         except (OSError, ValueError) as error:
             reason = first_line(error)
         reasons = [reason for reason in gathered(reason) if reason]
@@ -146,10 +143,10 @@ def load_checkpoint(
     scaler: torch.amp.GradScaler | None = None,
     digest: str = "",
 ) -> int:
-    """Restore the newest whole checkpoint in place; the number of steps it had finished, 0 where there is none.
+    """Restore the newest whole checkpoint in place; returns the number of finished steps, 0 where there is none.
 
-    Of any number of processes on any other: each reads what it holds. InputError where it was saved with another
-    `digest`. What killed processes were writing in the folder is removed.
+    The number of processes may have changed: each reads its own shards. InputError where the checkpoint was saved with
+    another `digest`. Unfinished files of killed processes are removed.
     """
     if is_main_process():
         remove_unfinished(folder)
@@ -158,7 +155,7 @@ def load_checkpoint(
         return 0
     if f"{SETTINGS}{digest}" not in (place / CHECKSUMS).read_text(encoding="utf-8").splitlines():
         raise InputError(
-            f"{place}: is of a training with other settings or of an older version; accepted: --fresh, or another --out"
+            f"{place}: was saved with other settings or by an older version; accepted: --fresh, or another --out"
         )
     from torch.distributed import checkpoint as dcp
 

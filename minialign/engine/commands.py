@@ -1,4 +1,4 @@
-"""What every command line shares: one clear line and exit code 2 for a user's mistake, flags checked for range."""
+"""What all commands share: a parser, ranges of flags, and one line with exit code 2 for a user's mistake."""
 
 from __future__ import annotations
 
@@ -46,8 +46,9 @@ ELSEWHERE = {  # diffusers' and others' names of flags
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line; flags are whole, with underscores or hyphens."""
 
-    def __init__(self, **how: Any):
-        super().__init__(allow_abbrev=False, **how)
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+        self._positionals.title, self._optionals.title = "folder", "run"  # groups of --help, before those of the stages
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (--help explains every flag)\n")
@@ -58,7 +59,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args([*map(self._known, words[:end]), *words[end:]], namespace)
 
     def _known(self, word: str) -> str:
-        """A word of the command line, a flag as this parser has it; an error tells what may have been meant."""
+        """A word of the command line, flags spelled as in the parser; the error for an unknown one suggests another."""
         if not re.match("--?[A-Za-z]", word) or " " in word:
             return word
         flag, equals, value = word.partition("=")
@@ -90,7 +91,7 @@ def in_range(kind: type, low: float, high: float = float("inf")) -> Callable[[st
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Run a command's main function: what a user or the system is the cause of becomes one line on stderr, exit code 2.
+    """Run a command's main function; an error of the user or the system is one line on stderr, with exit code 2.
 
     An interruption exits with 130, SIGTERM with 143 (128 + the signal's number, as shells say it).
     """
@@ -103,24 +104,24 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         print(f"\n{error}: {GO_ON}", file=sys.stderr)
         sys.exit(143)
     except Exception as error:
-        line = told(error)
+        line = error_line(error)
         if line is None:
             raise
         print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # Under torchrun torch's own threads now and then abort a process while the interpreter ends. All is written,
-        # yet torchrun would call the job failed: such a process ends here.
+        # Under torchrun torch's own threads sometimes abort a process while the interpreter exits, and torchrun would
+        # report a failed job although everything is written: the process ends here instead.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
     sys.exit(0)
 
 
-def told(error: Exception) -> str | None:
-    """An error as one line for the user; None where it is a mistake of this program.
+def error_line(error: Exception) -> str | None:
+    """An error as one line for the user; None for an error in this program.
 
-    What is read is checked where it is read, by InputError; the system's other errors are of writing.
+    Files are checked where they are read, which raises InputError; the other errors of the system come from writing.
     """
     space = f"; once there is space, {GO_ON}"
     if isinstance(error, InputError):
@@ -134,6 +135,6 @@ def told(error: Exception) -> str | None:
         return f"cannot be written ({first_line(error)}){space}"
     if isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError:
         if re.search("locked|busy", str(error)):
-            return f"feedback.sqlite: held by another program ({error}); accepted: the same command when it has ended"
+            return f"feedback.sqlite: in use by another program ({error}); accepted: the same command after that"
         return f"feedback.sqlite: cannot be used ({error}){space * ('full' in str(error))}"
     return None

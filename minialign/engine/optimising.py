@@ -1,4 +1,4 @@
-"""What every training loop needs: stateless randomness, learning rates, averages of weights, progress, a clean stop."""
+"""What every training loop needs: random generators, learning rates, averages of weights, progress, SIGTERM."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ T = TypeVar("T")
 
 
 def generator(*key: int) -> torch.Generator:
-    """A random generator that depends on the key alone, so that any step can be replayed without those before it.
+    """A random generator that depends on the key alone, so that any step can be repeated without those before it.
 
-    A CPU generator starts from the low 32 bits of its seed, to which bits of the key beyond its parts' first 32 never
-    come by multiplication: they have a hash of their own, 0 without any.
+    A CPU generator uses only the low 32 bits of its seed, which by multiplication never depend on higher bits of
+    the key: these have a hash of their own, which is 0 where there are none.
     """
     state = beyond = 0
     for part in key:  # a multiplicative hash (Knuth 1998, section 6.4) keeps neighbouring keys apart
@@ -42,10 +42,9 @@ SCHEDULES = {  # of the learning rate after its warm-up: fraction done -> fracti
 def learning_rate(
     step: int, steps: int, peak: float, warmup: int = 0, schedule: str = "cosine", decay: float = 1.0
 ) -> float:
-    """Of step `step` (from 0): a linear rise to `peak` over `warmup` steps, then a fall by `schedule` to 0 at `steps`.
+    """The rate of step `step` (from 0): it rises linearly to `peak` over `warmup` steps, then falls to 0 at `steps`.
 
-    The fall begins when the warm-up is over or, where `decay` is below 1, with the last fraction `decay` of all steps,
-    whichever is later; at decay 0 there is none.
+    It falls by `schedule`, after the warm-up, and only during the last fraction `decay` of all steps.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -64,20 +63,20 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """After step `step` (from 0). Young averages follow faster, so that they do not keep the first weights."""
+        """Update after step `step` (from 0). The decay is smaller at first: the initial weights are soon forgotten."""
         decay = min(self.decay, (1 + step) / (10 + step))
         current = [local(p.detach()) for p in trained(model).values()]
         torch._foreach_lerp_([local(weight) for weight in self.weights.values()], current, 1 - decay)
 
     @torch.no_grad()
     def put_into(self, model: nn.Module) -> None:
-        """Give the model the averages as its weights."""
+        """Replace the model's weights by the averages."""
         for name, p in trained(model).items():
             p.copy_(self.weights[name])
 
     @contextmanager
     def in_place(self, model: nn.Module) -> Iterator[None]:
-        """The model has the averages as its weights while the context lasts."""
+        """Within the context the averages are the model's weights."""
         kept = [p.detach().clone() for p in trained(model).values()]
         self.put_into(model)
         try:
@@ -122,13 +121,13 @@ def progress(items: Iterable[T], description: str, total: int | None = None, don
 
 
 class Terminated(Exception):
-    """The process was asked to end and has saved what it did."""
+    """The process got SIGTERM and has saved its work."""
 
 
 class Stop:
-    """`asked` turns true at SIGTERM, by which clusters announce the end, so that a step ends and a checkpoint is kept.
+    """A context in which SIGTERM, which clusters send before the end, sets `asked` and does not kill the process.
 
-    As a context; in another thread than the main one, where Python takes no signals, it never does.
+    The loop can then finish its step and save. Only the main thread gets signals: in others `asked` stays False.
     """
 
     asked = False

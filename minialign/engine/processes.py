@@ -1,4 +1,4 @@
-"""One process or many under torchrun: who writes and prints, what they exchange, how they share a network."""
+"""One process, or several under torchrun: which one writes, what they exchange, how they share a network."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pick_device(name: str) -> torch.device:
         here, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if here >= there:
             raise InputError(
-                f"--nproc-per-node: process {here + 1} of a machine with {there} GPUs; accepted: one a GPU"
+                f"--nproc-per-node: process {here + 1} of a machine with {there} GPUs; accepted: one for each GPU"
             )
         return torch.device("cuda", here)
     try:
@@ -54,7 +54,7 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # the others wait while the leader learns a reward; who died is torchrun's to find out
+    # long: the others wait while the main process trains the reward model; torchrun notices processes that died
     backend, timeout = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timedelta(days=1)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
@@ -63,8 +63,8 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
         store = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     yield device
-    barrier()  # or torchrun would kill the one that still writes, should another fail at its exit
-    dist.destroy_process_group()  # not after an error: then the process just ends, where NCCL would wait for the others
+    barrier()  # else torchrun would kill a process that still writes when another one fails at its exit
+    dist.destroy_process_group()  # not after an error: NCCL would wait for the others
 
 
 def processes() -> tuple[int, int]:
@@ -78,7 +78,7 @@ def is_main_process() -> bool:
 
 
 def say(line: str) -> None:
-    """Print in the leading process."""
+    """Print in the main process."""
     if is_main_process():
         print(line, flush=True)
 
@@ -98,10 +98,10 @@ def gathered(value: T) -> list[T]:
 
 # ---------------------------------------------------------------------------------------------------- shared networks
 def distributed(network: nn.Module, parallel: str, device: torch.device) -> nn.Module:
-    """What to call in place of `network` so that all processes train it together; itself in a single process.
+    """The module to call in place of `network` so that all processes train it; `network` itself in a single process.
 
-    "ddp" keeps it whole in each and averages gradients; "fsdp" keeps a shard of every weight in each (FSDP2: Zhao et
-    al. 2023), gathered a block at a time. Parameters may be others afterwards: build the optimizer after this.
+    With "ddp" each process has a copy and gradients are averaged. With "fsdp" each has a shard of every weight (FSDP2:
+    Zhao et al. 2023), gathered one block at a time. This may replace parameters: build the optimizer afterwards.
     """
     if processes()[1] == 1:
         return network
@@ -119,7 +119,7 @@ def distributed(network: nn.Module, parallel: str, device: torch.device) -> nn.M
 
 
 def synchronise(network: nn.Module, now: bool) -> None:
-    """Whether the next call and its backward pass exchange gradients: of the accumulated parts the last one alone."""
+    """Set whether the next backward pass exchanges gradients: only that of the last micro-batch does."""
     if isinstance(network, nn.parallel.DistributedDataParallel):
         network.require_backward_grad_sync = now
     elif hasattr(network, "set_requires_gradient_sync"):  # FSDP2's
@@ -127,24 +127,24 @@ def synchronise(network: nn.Module, now: bool) -> None:
 
 
 def reshard(network: nn.Module) -> None:
-    """After a call without a backward pass: what FSDP2 has gathered for it becomes shards again."""
+    """Free the weights that FSDP2 gathered for a call without a backward pass, which would free them."""
     for module in network.modules():
         if hasattr(module, "reshard"):
             module.reshard()  # type: ignore[operator]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds: all of it unless FSDP2 shards it."""
+    """This process's shard of a tensor: the whole tensor unless FSDP2 shards it."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor that FSDP2 may shard, in every process."""
+    """The whole of a tensor that FSDP2 may shard, in every process."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def gather_weights(network: nn.Module) -> None:
-    """Put whole parameters in the place of sharded ones, to save the network: it is not to be called any more."""
+    """Replace sharded parameters by whole ones, to save the network, which must not be called afterwards."""
     for module in network.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             module.register_parameter(name, nn.Parameter(full_tensor(p).detach(), requires_grad=p.requires_grad))

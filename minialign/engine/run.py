@@ -1,9 +1,9 @@
 """The folder of a run: its settings, its stages and what each was made from, its lock, its logs.
 
-Every stage of the method reads what the stages before it left in the folder, and adds its own part. stages.json says of
-each stage how often it was begun, the seconds that it took once it is finished, and everything that its result depends
-on (`made_from`): settings, and digests of files. A stage that is done is not done twice; one whose settings or files
-have changed since is out of date, and is done again with --redo alone, never in silence.
+Every stage reads the results of earlier stages from the folder and adds its own. stages.json has for each stage how
+often it was begun, the seconds that it took when it is finished, and everything that its result depends on
+(`made_from`): settings, and digests of files. A finished stage is not repeated. One whose settings or files have
+changed since is out of date; only --redo repeats it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ OUTPUTS = {  # what each stage writes into the folder of a run, as patterns
     ),
     "evaluate": ("best-of-n.png",),
 }  # fmt: skip
-ALSO = (  # what a whole run has besides: images of comparisons, caches, logs, and last of all what makes it a run
+OTHER_OUTPUTS = (  # of no single stage: images of comparisons, caches, logs; at the end the files that make it a run
     *(f"compare/*/{name}" for name in ("config.json", "feedback.sqlite*", ".lock")), "model/README.md",
     *(f"cache/{name}" for name in ("features*.safetensors", "entries-*.safetensors", "entries-*.bad")),
     "cache/skipped*.jsonl", "results.json", "report.html", "feedback.sqlite*", "metrics.jsonl", "stages.json",
@@ -58,11 +58,11 @@ REDO = "--redo does it again, and what follows from it"
 
 
 class Busy(InputError):
-    """A run that another process is at work on."""
+    """A run that another process is using."""
 
 
 class Run:
-    """A run's folder. `settings` are those that it remembers; `world` is that of its model, "" for none."""
+    """A run's folder. `settings` are those in its config.json; `world` is that of its model, "" for none."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -83,7 +83,7 @@ class Run:
         return self.config.get("world", "")
 
     def remember(self, settings: Mapping[str, Any] | None = None, **facts: Any) -> None:
-        """Keep settings, and facts beside them, in config.json."""
+        """Write settings, and facts beside them, to config.json."""
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         made_by = {"minialign": __version__, "versions": versions, "threads": torch.get_num_threads()}
         self.settings |= settings or {}
@@ -94,21 +94,21 @@ class Run:
     def resolve(self, given: Mapping[str, Any], embedded: bool, recipe: str | None = None) -> dict[str, Any]:
         """The value of every setting: what is given, else remembered, else the default of the run's world.
 
-        A recipe stands for flags that are given, behind those that really are.
+        A recipe counts as given flags, which flags that are really given override.
         """
         return defaults(embedded) | self.settings | self.given(given, recipe)
 
     def given(self, flags: Mapping[str, Any], recipe: str | None) -> dict[str, Any]:
-        """What a command line gives: its flags, and behind them those that its recipe stands for."""
+        """The settings of a command line: its flags, and those of its recipe that no flag overrides."""
         return RECIPES.get(recipe or "", {}) | dict(flags)
 
     def intend(self, given: Mapping[str, Any]) -> None:
-        """Remember what is given for stages that are still to come, so that a stopped run continues with it."""
+        """Write the given settings of stages that have not begun to config.json, for when the run is continued."""
         coming = {key: value for key, value in given.items() if not set(BY_NAME[key].stages) & self.stages.keys()}
         self.remember(coming)
 
     def source(self, name: str, given: Mapping[str, Any]) -> str | None:
-        """The value of a setting that names a file, a folder or a hub id: what is given, else what is remembered."""
+        """The value of a setting that names a file, a folder or a hub id: the given one, else that of config.json."""
         return given.get(name, self.settings.get(name))
 
     # ---------------------------------------------------------------------------------------------------- the stages
@@ -123,11 +123,11 @@ class Run:
         redo: bool = False,
         together: bool = False,
     ) -> Iterator[bool]:
-        """Announce a stage; True where its work is still to be done: in the main process, or in all `together`.
+        """Announce a stage; yields True where its work is to be done: in the main process, or in all if `together`.
 
-        settings: all of the run; the result is made from those of the stage, and from the digests that `inputs`
-        computes. InputError where a result that is there was made from something else, unless `redo` removes it first.
-        No process leaves a stage before all have come to its end.
+        settings: of the run; the result depends on those of the stage and on the digests that `inputs` computes.
+        InputError where there is a result of other settings or inputs, unless `redo` removes it first. The context ends
+        with a barrier.
         """
         own = {key: settings[key] for key in settings if name in BY_NAME[key].stages}
         plan = gathered(self._plan(name, own, inputs, redo) if is_main_process() else None)[0]
@@ -145,7 +145,7 @@ class Run:
         self._finish(name, time.perf_counter() - begin)
 
     def _plan(self, name: str, own: dict[str, Any], inputs: Callable[[], Mapping[str, str]], redo: bool) -> bool | str:
-        """Whether a stage is to be done, or why it cannot be; what it is made from is then in stages.json."""
+        """Whether a stage is to be done, which stages.json then says, or a line that says why it cannot be."""
         try:
             made_from = {key: value for key, value in own.items() if counts(key)} | dict(inputs())
             state = self.stages.get(name)
@@ -158,7 +158,7 @@ class Run:
                 if changed:
                     self.clear(name)
                 elif "seconds" in state:
-                    self.remember(own)  # what is free may have changed
+                    self.remember(own)  # free settings may have changed
                     return False
             self.remember(own)
             state = self.stages.setdefault(name, {"begun": 0, "made_from": made_from})
@@ -169,7 +169,7 @@ class Run:
         return True
 
     def _contradicted(self, name: str, own: Mapping[str, Any]) -> str | None:
-        """Why a stage cannot have settings that an earlier, finished one was made with other values of."""
+        """A line that says which earlier, finished stage was made with other values of the same settings; else None."""
         for earlier in STAGES[: STAGES.index(name)] if name in STAGES else ():
             was = self.stages.get(earlier, {})
             shared = {key: was["made_from"][key] for key in own if key in was.get("made_from", {}) and counts(key)}
@@ -186,21 +186,21 @@ class Run:
             write_json(self.folder / "stages.json", self.stages)
 
     def outdated(self, name: str, **inputs: str) -> str | None:
-        """What has changed in the named inputs of a stage since it was done; None where nothing has."""
+        """Which of these inputs of a stage have changed since it was done, in words; None where none has."""
         was = self.stages.get(name, {}).get("made_from", {})
         return changes({key: was[key] for key in inputs if key in was}, inputs) if was else None
 
     def clear(self, name: str) -> None:
-        """Remove what a stage left, so that it is done again from nothing. InputError where people's work would go."""
+        """Remove the result of a stage. InputError where that would remove labels by people."""
         if name in ("generate", "label") and (self.folder / "feedback.sqlite").exists():
             with closing(FeedbackStore(self.folder)) as store:
                 refuse_people(self.folder, store, self.stages.get("label", {}).get("imported"))
         imported = "label file" in self.stages.get(name, {}).get("made_from", {})
-        # without its inputs it is neither done nor continued, should the process die before all is removed
+        # without `made_from` the stage is neither done nor resumed, should the process be killed in between
         self.stages[name] = {"begun": self.stages.get(name, {}).get("begun", 0), "made_from": {}}
         write_json(self.folder / "stages.json", self.stages)
         card = self.folder / "model" / "README.md"
-        if name == "finetune" and card.is_file():  # its maker may have written in it
+        if name == "finetune" and card.is_file():  # people edit it
             os.replace(card, self.folder / "model-card.old.md")
         left = remove_files(self.folder, OUTPUTS[name])
         if name in ("generate", "label"):
@@ -212,7 +212,7 @@ class Run:
         write_json(self.folder / "stages.json", self.stages)
 
     def _remove_feedback(self, images: bool, imported: bool) -> list[str]:
-        """Remove the labels, or the sampled images with them; the paths that could not be removed."""
+        """Remove the labels and, with `images`, the sampled images; returns the paths that could not be removed."""
         if not (self.folder / "feedback.sqlite").exists():
             return []
         if images:
@@ -230,9 +230,9 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------------ the logs
     def log(self, stage: str) -> Callable[[dict[str, Any]], None]:
-        """Appends rows of a stage to metrics.jsonl, where a step that is done again takes its old row's place.
+        """A function that appends rows of a stage to metrics.jsonl, where a repeated step replaces its old row.
 
-        And to tensorboard/ where TensorBoard is installed (the extra `tensorboard`).
+        It also writes them to tensorboard/ where TensorBoard is installed (the extra `tensorboard`).
         """
         path, board = self.folder / "metrics.jsonl", None
 
@@ -256,38 +256,38 @@ class Run:
 
 
 def counts(name: str) -> bool:
-    """Whether another value of a setting makes another result; of a source its content does, as a digest."""
+    """Whether the value of a setting changes the result. For a source its content does, which is among the inputs."""
     return not BY_NAME[name].free and not BY_NAME[name].source
 
 
 def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """In words, what differs between two `made_from`; None where nothing does."""
-    told = []
+    """The differences between two `made_from` in words; None where there are none."""
+    differences = []
     for key in dict.fromkeys((*was, *now)):
         a, b = was.get(key), now.get(key)
         if a != b:
             content = str(a).startswith(DIGEST) or str(b).startswith(DIGEST)
             name = key.replace("_", " ") if content else BY_NAME[key].flag if key in BY_NAME else key
-            told.append(f"the {name} changed" if content else f"{name} was {a}, now {b}")
-    return "; ".join(told) or None
+            differences.append(f"the {name} changed" if content else f"{name} was {a}, now {b}")
+    return "; ".join(differences) or None
 
 
 def digest(*parts: bytes | str) -> str:
     """A value of `made_from` that stands for content."""
-    whole = hashlib.sha256()
+    hasher = hashlib.sha256()
     for part in parts:
         data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
-        whole.update(len(data).to_bytes(8, "little") + data)
-    return DIGEST + whole.hexdigest()[:24]
+        hasher.update(len(data).to_bytes(8, "little") + data)
+    return DIGEST + hasher.hexdigest()[:24]
 
 
-def judgements(store: FeedbackStore) -> str:
-    """`digest` of all labels and comparisons of a store."""
+def label_digest(store: FeedbackStore) -> str:
+    """`digest` of all labels and comparisons in a store."""
     return digest(json.dumps([store.label_rows(), store.comparison_rows()]))
 
 
 def file_digest(path: Path) -> str:
-    """`digest` of a file that a stage left; InputError names one that is missing."""
+    """`digest` of a file in the run; InputError names one that cannot be read."""
     try:
         return DIGEST + checksum(path)[:24]
     except OSError as error:
@@ -295,7 +295,7 @@ def file_digest(path: Path) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl that are whole, without a last line that a killed process left unfinished."""
+    """The rows of metrics.jsonl, without a line that a killed process left incomplete."""
     rows = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -312,7 +312,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def open_board(folder: Path, step: int) -> Any:
-    """TensorBoard's writer, which forgets what an interrupted run wrote from `step` on; False without TensorBoard."""
+    """TensorBoard's writer, which drops what an interrupted run wrote from `step` on; False without TensorBoard."""
     if importlib.util.find_spec("tensorboard") is None:
         return False
     from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -323,7 +323,7 @@ def open_board(folder: Path, step: int) -> Any:
 # ------------------------------------------------------------------------------------------------------- the folder
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a second process out of a folder; the lock goes with the process that holds it, the main one."""
+    """Keep other commands out of a folder. The main process holds the lock, which ends with that process."""
     if not is_main_process():
         yield
         return
@@ -339,7 +339,7 @@ def locked(folder: Path) -> Iterator[None]:
 def opened(folder: Path, fresh: bool = False) -> Iterator[Run]:
     """The run in a folder, new or continued, locked while the context lasts; `fresh` removes an earlier one first.
 
-    A folder that was made for nothing, since the work failed before anything was written, is removed again.
+    A new folder is removed again if the work failed before anything was written.
     """
     check_folder(folder)
     if fresh and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
@@ -347,7 +347,7 @@ def opened(folder: Path, fresh: bool = False) -> Iterator[Run]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         with locked(folder):
-            barrier()  # all have looked at the folder
+            barrier()  # all processes have checked the folder
             if is_main_process():
                 if fresh:
                     remove_run(folder)
@@ -363,7 +363,7 @@ def opened(folder: Path, fresh: bool = False) -> Iterator[Run]:
 
 
 def check_folder(folder: Path) -> None:
-    """InputError unless `folder` is a run, empty, or to be made where it can be written."""
+    """InputError unless `folder` is a run, empty, or can be made."""
     try:
         place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         writable = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
@@ -389,12 +389,12 @@ def is_run(folder: Path) -> bool:
 
 
 def refuse_people(folder: Path, store: FeedbackStore, imported: str | None = None) -> None:
-    """InputError where the store holds work of people: it is not for a flag to delete.
+    """InputError where the store has labels or comparisons by people, which no flag may delete.
 
-    The annotator's labels and those that the main job imported from a file can be made again, unless somebody changed
-    them since: `imported` is `judgements` of these.
+    The simulated annotator's labels can be made again, and so can imported ones unless somebody changed them since:
+    `imported` is the `label_digest` of the store after the import.
     """
-    if imported is not None and judgements(store) == imported:
+    if imported is not None and label_digest(store) == imported:
         return
     names = [name for name in store.labellers() if name != SIMULATED]
     compared = store.comparison_rows()
@@ -407,10 +407,10 @@ def refuse_people(folder: Path, store: FeedbackStore, imported: str | None = Non
 
 
 def remove_run(folder: Path) -> None:
-    """Remove what a run wrote, and nothing else; what is left there is named on stderr.
+    """Remove the files that a run wrote, and nothing else; files that stay are named on stderr.
 
-    config.json goes last, so that a killed removal leaves a run. InputError where people have labelled or compared its
-    images, or where something cannot be removed.
+    config.json is removed last, so that the folder is still a run if the process is killed. InputError where people
+    have labelled or compared its images, or where a file cannot be removed.
     """
     imported = None
     with suppress(InputError, AttributeError):  # of any version, damaged or not
@@ -420,7 +420,7 @@ def remove_run(folder: Path) -> None:
         with closing(_opened_store(place)) as store:
             refuse_people(place, store, imported if place == folder else None)
     left = [path for place in places for path in remove_sampled(place)]
-    left += remove_files(folder, [*(pattern for stage in STAGES for pattern in OUTPUTS[stage]), *ALSO])
+    left += remove_files(folder, [*(pattern for stage in STAGES for pattern in OUTPUTS[stage]), *OTHER_OUTPUTS])
     if left:
         raise InputError(f"--fresh: cannot be removed: {', '.join(left[:3])}")
     kept = sorted(path.name for path in folder.iterdir() if path.name != ".lock") if folder.is_dir() else []
@@ -436,7 +436,7 @@ def _opened_store(place: Path) -> FeedbackStore:
 
 
 def remove_sampled(folder: Path) -> list[str]:
-    """Remove the images that the store of a run names as sampled; the paths that could not be removed."""
+    """Remove the sampled images that the store of a run names; returns the paths that could not be removed."""
     with closing(FeedbackStore(folder)) as store:
         files = store.sampled()
     names = [os.path.relpath(file, folder) for file in files]
@@ -444,9 +444,9 @@ def remove_sampled(folder: Path) -> list[str]:
 
 
 def remove_files(folder: Path, patterns: Sequence[str]) -> list[str]:
-    """Remove the files below a folder that match, in the order of the patterns, and folders that are empty then.
+    """Remove the files in a folder that match, in the order of the patterns, and then the folders that are empty.
 
-    Folders that are links are followed. The paths that could not be removed are returned.
+    Links to folders are followed. Returns the paths that could not be removed.
     """
     left: list[str] = []
     parents: dict[Path, None] = {}

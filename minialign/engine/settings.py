@@ -62,13 +62,13 @@ class Setting:
 
     @property
     def help(self) -> str:
-        """The line of --help: what it is, with the defaults that are not None."""
+        """The line of --help: what the setting is, and its defaults that are not None."""
         embedded, own = (_shown(value) for value in (self.embedded, self.own))
         if self.embedded == self.own:
-            told = f" (default: {own})" if self.own is not None else ""
+            default = f" (default: {own})" if self.own is not None else ""
         else:
-            told = f" (default: {embedded}; with --model: {own})"
-        return (self.about + told).replace("%", "%%")
+            default = f" (default: {embedded}; with --model: {own})"
+        return (self.about + default).replace("%", "%%")
 
 
 def _shown(value: Any) -> str:
@@ -94,9 +94,9 @@ SETTINGS = tuple(
     for row in (
         # ------------------------------------------------------------------------------------------ of several stages
         ("model", ("generate", "finetune", "evaluate"), None, None, str,
-         "folder, hub id or .safetensors file of the text-to-image model (default: the run's, else the embedded one)",
+         "folder, hub id or .safetensors file of the text-to-image model (default: the run's, else the bundled one)",
          {"source": True}),
-        ("variant", ("generate", "finetune", "evaluate"), None, None, str, "variant of the model's files: fp16 ..."),
+        ("variant", ("generate", "finetune", "evaluate"), None, None, str, "variant of the weight files, such as fp16"),
         ("vae", ("generate", "finetune", "evaluate"), None, None, str,
          "folder or .safetensors file of an autoencoder in place of the model's", {"source": True}),
         ("seed", STAGES, 0, 0, in_range(int, 0, LAST_SEED), "random seed of every stage"),
@@ -108,10 +108,10 @@ SETTINGS = tuple(
          "file of prompts: a prompt a line, or .csv, .tsv or .jsonl with a column prompt; or categories, the prompts "
          "of the model's grammar that get feedback", {"source": True}),
         ("images", ("generate",), 2560, None, in_range(int, 1, NOISES),
-         "images in all, spread evenly over the categories and their prompts"),
+         "number of images, spread evenly over the categories and their prompts"),
         ("images_per_prompt", ("generate",), None, 3, in_range(int, 1, NOISES), "images of each prompt"),
         # ----------------------------------------------------------------------------------------- label: whose labels
-        ("labels", ("label",), 1280, None, whole, "images that the simulated annotator labels (embedded model only)"),
+        ("labels", ("label",), 1280, None, whole, "images that the simulated annotator labels (bundled model only)"),
         # ------------------------------------------------------------------------------------------------------ reward
         ("reward", ("reward",), None, None, reward_terms,
          "reward of the images: learned, clip-score, clip-score:CLIP, a reward model's folder, FILE.py:function, or "
@@ -122,22 +122,24 @@ SETTINGS = tuple(
         ("lambda", ("reward",), 0.5, 0.5, in_range(float, 0), "weight of the auxiliary loss; 0.5 in the paper"),
         ("temperature", ("reward",), 0.5, 2.0, positive, "T of the auxiliary loss; 2 in the paper"),
         ("hidden", ("reward",), 512, 1024, whole, "width of the reward model's hidden layers; 1024 in the paper"),
-        ("reward_steps", ("reward",), 1000, 1000, whole, "largest number of training steps of the reward model"),
-        ("reward_batch_size", ("reward",), 64, 64, in_range(int, 2), "labelled images in a training step of it"),
-        ("reward_learning_rate", ("reward",), 3e-4, 3e-4, fraction, "learning rate of it, AdamW"),
+        ("reward_steps", ("reward",), 1000, 1000, whole, "training steps of the reward model"),
+        ("reward_batch_size", ("reward",), 64, 64, in_range(int, 2), "labelled images in a step of the reward model"),
+        ("reward_learning_rate", ("reward",), 3e-4, 3e-4, fraction, "learning rate of the reward model, AdamW"),
         ("balanced", ("reward",), False, False, switch, "sample good and bad images equally often"),
         ("soft", ("reward",), False, False, switch, "learn the mean of an image's labels in place of their majority"),
         # ---------------------------------------------------------------------------------------------------- finetune
         ("pretrain", TUNING, None, None, str,
          "pre-training pairs: folder with metadata.jsonl or captions in .txt files, or tar shards (a glob)",
          {"source": True}),
-        ("pretrain_images", TUNING, 512, None, whole, "drawings that the embedded world gives as pre-training pairs"),
+        ("pretrain_images", TUNING, 512, None, whole, "drawings of the toy data set that serve as pre-training pairs"),
         ("steps", TUNING, 400, 2000, whole, "fine-tuning steps"),
         ("beta", TUNING, 0.03, 1.0, in_range(float, 0), "weight of the pre-training term"),
         ("batch_size", TUNING, 64, 8, in_range(int, 2), "images in a fine-tuning step"),
-        ("pretrain_fraction", TUNING, 0.125, 0.125, fraction, "fraction of these that are pre-training pairs"),
+        ("pretrain_fraction", TUNING, 0.125, 0.125, fraction,
+         "fraction of the images in a step that are pre-training pairs"),
         ("learning_rate", TUNING, 1e-3, 1e-5, fraction, "peak learning rate, AdamW"),
-        ("lr_schedule", TUNING, "cosine", "cosine", ("constant", "linear", "cosine"), "of the rate after warm-up"),
+        ("lr_schedule", TUNING, "cosine", "cosine", ("constant", "linear", "cosine"),
+         "schedule of the learning rate after the warm-up"),
         ("warmup", TUNING, 20, 20, in_range(int, 0), "steps in which the learning rate rises"),
         ("weighting", TUNING, "reward", "reward", ("reward", "threshold", "exponential"),
          "weight of a model image: its reward r (the paper); 1 where r > tau, else 0; exp((r - 1) / tau)"),
@@ -146,14 +148,15 @@ SETTINGS = tuple(
          "model images of a step: in proportion to their weights, or uniform and weighted in the loss (the paper)"),
         ("clip_norm", TUNING, 1.0, 1.0, positive, "largest norm of the gradient"),
         ("ema", TUNING, 0.0, 0.0, in_range(float, 0, 0.999999), "decay of a moving average of the weights; 0: none"),
-        ("prompt_dropout", TUNING, 0.1, 0.1, fraction, "fraction of the prompts that is left out, for guidance"),
+        ("prompt_dropout", TUNING, 0.1, 0.1, fraction,
+         "fraction of the prompts that are replaced by the empty prompt, for guidance"),
         ("min_snr", TUNING, 0.0, 0.0, in_range(float, 0), "gamma of the min-SNR weight of timesteps; 0: none"),
-        ("noise_offset", TUNING, 0.0, 0.0, fraction, "standard deviation of noise that a whole channel shares"),
+        ("noise_offset", TUNING, 0.0, 0.0, fraction, "standard deviation of noise that is constant over a channel"),
         ("lora", TUNING, 0, 0, in_range(int, 0), "rank of LoRA adapters to train in place of the UNet; 0: all weights"),
         # ---------------------------------------------------------------------------------------------------- evaluate
-        ("test_images", ("evaluate",), 640, 64, in_range(int, 2, NOISES), "images of each model that are judged"),
+        ("test_images", ("evaluate",), 640, 64, in_range(int, 2, NOISES), "evaluation images of each model"),
         ("test_images_per_prompt", ("evaluate",), None, None, in_range(int, 1, 1000),
-         "of these, images of each prompt (default: spread evenly over the prompts)"),
+         "evaluation images of each prompt (default: spread evenly over the prompts)"),
         ("sets", ("evaluate",), 0, 0, in_range(int, 0, 64),
          "compare sets of so many images of a prompt, won by two thirds of the raters; 4 in the paper; 0: none"),
         # ---------------------------------------------------------------------------------------------------- hardware
@@ -162,11 +165,12 @@ SETTINGS = tuple(
             (*row, {"free": True, "group": "hardware"})
             for row in (
                 ("draw_batch", ("generate", "finetune", "evaluate"), 64, 4, whole,
-                 "images that are sampled, encoded or judged at once"),
-                ("accumulate", TUNING, 1, 1, whole, "micro-batches that a step is computed in, to save memory"),
+                 "images that are sampled, encoded or evaluated at once"),
+                ("accumulate", TUNING, 1, 1, whole, "micro-batches of a step, one after the other, to save memory"),
                 ("gradient_checkpointing", TUNING, False, False, switch, "compute activations twice, to save memory"),
                 ("compile", TUNING, False, False, switch, "compile the UNet by torch.compile"),
-                ("parallel", TUNING, "ddp", "ddp", ("ddp", "fsdp"), "under torchrun: copies (ddp) or shards (fsdp)"),
+                ("parallel", TUNING, "ddp", "ddp", ("ddp", "fsdp"),
+                 "under torchrun: each process has a copy (ddp) or a shard (fsdp) of the weights"),
                 ("checkpoint_every", TUNING, 100, 100, whole, "steps between checkpoints"),
                 ("keep", TUNING, 2, 2, whole, "checkpoints that are kept"),
                 ("validate_every", TUNING, 0, 0, in_range(int, 0), "steps between grids of sampled images; 0: none"),
@@ -219,13 +223,16 @@ def add_flags(parser: argparse.ArgumentParser, *stages: str, without: Iterable[s
         elif isinstance(setting.kind, tuple):
             group.add_argument(setting.flag, choices=setting.kind, help=setting.help)
         else:
-            metavar = setting.name.upper().split("_")[-1]
+            number = setting.embedded if setting.own is None else setting.own
+            count = isinstance(number, int) or setting.name.endswith("per_prompt")
+            metavar = "N" if count else setting.name.upper().split("_")[-1]
             group.add_argument(setting.flag, type=setting.kind, metavar=metavar, help=setting.help)
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that every command on a run has."""
-    parser.add_argument("--redo", action="store_true", help="do what is out of date again, and what follows from it")
+    redo = "repeat the stages that are out of date, and those after them"
+    parser.add_argument("--redo", action="store_true", help=redo)
     devices = "cpu, cuda, cuda:1, mps ... (default: cuda where there is one, else cpu)"
     parser.add_argument("--device", default="auto", help=devices)
 

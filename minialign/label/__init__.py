@@ -1,1 +1,1 @@
-"""Stage 1 of the method: people label a run's images in the browser, or compare two runs blind."""
+"""Stage 1 of the method: people label the images of a run in the browser, or compare two runs blind."""

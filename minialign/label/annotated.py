@@ -1,4 +1,4 @@
-"""Labels from elsewhere than the label page: by the simulated annotator of the embedded world, or from a file."""
+"""Labels that do not come from the label page: by the simulated annotator of the toy data set, or from a file."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 
 from ..data import open_image
 from ..engine.optimising import generator, progress
-from ..engine.run import Run, digest, judgements
+from ..engine.run import Run, digest, label_digest
 from ..feedback import SIMULATED, USUAL, FeedbackStore, Reading, import_labels
 from ..files import InputError, read_bytes
 from ..shapes.world import WORLD, annotate, knows
 
 
 def annotate_run(run: Run, settings: dict[str, Any], redo: bool = False) -> None:
-    """The labels of a run, unless they are there: the simulated annotator judges a random subset of its images."""
+    """Stage `label` of a run, unless it is done: the simulated annotator labels a random subset of the images."""
 
     def inputs() -> dict[str, str]:
         store = FeedbackStore(run.folder)
@@ -27,31 +27,31 @@ def annotate_run(run: Run, settings: dict[str, Any], redo: bool = False) -> None
         finally:
             store.close()
         if run.world != WORLD or not knows([prompt for prompt, _ in content]):
-            raise InputError(f"{run.folder}: the simulated annotator can judge images of the bundled model alone")
+            raise InputError(f"{run.folder}: the simulated annotator can label only images of the bundled model")
         return {"images": digest(json.dumps(content))}
 
-    why = f"the {SIMULATED} says good, bad or skip of {settings['labels']} images"
+    why = f"the {SIMULATED} labels {settings['labels']} images good, bad or skip"
     with run.stage("label", why, settings, inputs, redo=redo) as todo:
         if todo:
             annotate_images(run.folder, settings["labels"], settings["seed"])
 
 
 def annotate_images(folder: Path, number: int, seed: int) -> None:
-    """The simulated annotator's verdicts on `number` images of a run, or on all where there are fewer."""
+    """Save the simulated annotator's labels of `number` random images of a run, or of all where there are fewer."""
     store = FeedbackStore(folder)
     try:
         images = store.images()
         order = torch.randperm(len(images), generator=generator(seed, 4))
         chosen = [images[i] for i in sorted(order[:number].tolist())]
         bar = progress(chosen, "label")
-        verdicts = [annotate([open_image(image.path)], [image.prompt])[0] for image in bar]
-        store.add_labels(SIMULATED, zip([image.id for image in chosen], verdicts))
+        labels = [annotate([open_image(image.path)], [image.prompt])[0] for image in bar]
+        store.add_labels(SIMULATED, zip([image.id for image in chosen], labels))
     finally:
         store.close()
 
 
 def import_run(run: Run, file: Path, redo: bool = False, how: Reading = USUAL) -> None:
-    """The labels and comparisons of a run, unless they are there: those of a label file, and its images."""
+    """Stage `label` of a run, unless it is done: the labels and comparisons of a label file, and its images."""
 
     def inputs() -> dict[str, str]:
         told = {} if how == USUAL else {"reading of the label file": digest(json.dumps(how))}
@@ -60,7 +60,7 @@ def import_run(run: Run, file: Path, redo: bool = False, how: Reading = USUAL) -
     with run.stage("label", f"the labels of {file}", {}, inputs, redo=redo) as todo:
         if todo:
             with closing(FeedbackStore(run.folder)) as store:
-                alone = set(store.labellers()) <= {SIMULATED} and not store.comparison_rows()
+                only_simulated = set(store.labellers()) <= {SIMULATED} and not store.comparison_rows()
                 import_labels(store, file, how)
-                if alone:  # then the file has all that a flag may remove
-                    run.stages["label"]["imported"] = judgements(store)
+                if only_simulated:  # then all labels can be made again, so that --redo may remove them
+                    run.stages["label"]["imported"] = label_digest(store)

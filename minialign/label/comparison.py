@@ -1,4 +1,4 @@
-"""What the labelling page shows and saves with --compare: two images of a prompt, blind, the better one or a tie.
+"""What the label page shows and saves with --compare: two images of a prompt, blind, and which is better or a tie.
 
 With --sets N two sets of N images of a prompt, as in the paper (Lee et al. 2023, section 4).
 """
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..feedback import PREFERENCES, FeedbackStore, StoredImage
-from ..feedback.judgements import Judgements
+from ..feedback.verdicts import Verdicts
 from ..measures import two_thirds, wilson_interval
 from .book import LabelBook, Refused, number
 
@@ -23,10 +23,11 @@ LARGEST_SET = 9  # images of a set, so that each can be seen
 
 
 class ComparisonBook(LabelBook):
-    """Comparisons of a run's images, or of sets of `size` of them, with another's of the same prompts.
+    """Comparisons of images of a run, or of sets of `size` of them, with those of another for the same prompts.
 
-    A set is known by its first image. The run's own stands left or right by a hash of that image's id and the other
-    folder, so it stands there again after a reload; the page and the addresses of the images do not say which is whose.
+    The first image of a set stands for it. A hash of that image's id and of the other folder decides whether the run's
+    own set is left or right, so that a reload does not change it. Neither the page nor the addresses of the images say
+    which run an image is from.
     """
 
     mode, verdicts = "compare", ("left", "right", "tie")
@@ -35,8 +36,8 @@ class ComparisonBook(LabelBook):
         self.folder, self.other, self.size = other.resolve(), compared_with(other, size), size
         super().__init__(store, [self.folder], enough)
 
-    def kept(self) -> Judgements:
-        return Judgements(self.store, self.other)
+    def open_verdicts(self) -> Verdicts:
+        return Verdicts(self.store, self.other)
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
         self.pairs = match(self.store, self.folder)
@@ -51,9 +52,9 @@ class ComparisonBook(LabelBook):
         return ids, np.arange(len(ids))
 
     def side(self, image: int) -> str:
-        """Where the run's own image stands."""
-        told = hashlib.sha256(f"{self.first[image]}\0{self.other}".encode()).digest()
-        return ("left", "right")[told[0] & 1]
+        """The side of the run's own image."""
+        hashed = hashlib.sha256(f"{self.first[image]}\0{self.other}".encode()).digest()
+        return ("left", "right")[hashed[0] & 1]
 
     def addresses(self, image: int) -> list[str]:
         return [f"image/{one}/{side}" for side in ("left", "right") for one in self.sets[image]]
@@ -63,14 +64,14 @@ class ComparisonBook(LabelBook):
         preference = "tie" if verdict == "tie" else "this" if verdict == side else "other"
         self.store.add_comparison(labeller, image, self.other, Path(self.pairs[image]), preference, side)
 
-    def given(self, labeller: str, images: Sequence[int]) -> dict[int, tuple[str, str]]:
+    def verdicts_of(self, labeller: str, images: Sequence[int]) -> dict[int, tuple[str, str]]:
         def shown(image: int, preference: str) -> str:
             here = self.side(image)
             there = "right" if here == "left" else "left"
             return {"this": here, "other": there}.get(preference, "tie")
 
-        found = super().given(labeller, images)
-        return {image: (shown(image, verdict), time) for image, (verdict, time) in found.items()}
+        verdicts = super().verdicts_of(labeller, images)
+        return {image: (shown(image, verdict), time) for image, (verdict, time) in verdicts.items()}
 
     def picture(self, image: int, side: str | None) -> tuple[str, bytes]:
         if side is None or image not in self.first:
@@ -78,22 +79,22 @@ class ComparisonBook(LabelBook):
         try:
             return super().picture(image, None) if side == self.side(image) else self.read(self.pairs[image], None)
         except Refused as error:
-            raise Refused(error.status, "the image cannot be shown") from error  # its name would tell whose it is
+            raise Refused(error.status, "the image cannot be shown") from error  # a name would tell which run it is of
 
-    def told(self, labeller: str | None) -> list[str]:
+    def results(self, labeller: str | None) -> list[str]:
         return compared(self.store.folder, self.folder, self.size) if self.finished(labeller) else []
 
 
 def compared_with(other: Path, size: int = 1) -> str:
-    """What the store keeps as the other side of comparisons: the folder, and of sets their size, which no path ends in.
+    """The key under which the store keeps comparisons with a folder: its path and, for sets, their size.
 
-    Votes on sets of one size are kept apart from those on another and on single images.
+    So comparisons of sets of one size are kept apart from those of another size and of single images.
     """
     return f"{other.resolve()}" + f"//{size}" * (size > 1)
 
 
 def compared(folder: Path, other: Path, size: int = 1) -> list[str]:
-    """How the comparisons of a run with another ended, in lines. Of sets each is won by two thirds of its votes."""
+    """The results of the comparisons of a run with another, in lines. A set is won by two thirds of its votes."""
     store = FeedbackStore(folder, read_only=True)
     try:
         query = "SELECT image, verdict FROM comparisons WHERE other = ? ORDER BY image"
@@ -105,7 +106,7 @@ def compared(folder: Path, other: Path, size: int = 1) -> list[str]:
     counts = dict.fromkeys(PREFERENCES, 0) | Counter(verdict for _, verdict in rows)
     wins, decided = counts["this"], counts["this"] + counts["other"]
     if not decided:
-        return [f"Nothing decided yet; {number(counts['tie'], 'tie')}"]
+        return [f"No comparison is decided yet; {number(counts['tie'], 'tie')}"]
     low, high = wilson_interval(wins, decided)
     return [
         f"{folder} wins {wins / decided:.0%} of {number(decided, 'decided comparison')} "
@@ -129,11 +130,11 @@ def _sets_compared(folder: Path, other: Path, size: int, rows: Sequence[tuple[in
 
 
 def match(store: FeedbackStore, other: Path) -> dict[int, str]:
-    """Image id of the run -> the other folder's image of the same prompt, as an absolute path.
+    """Image id of the run -> the absolute path of the other folder's image of the same prompt.
 
-    Where both are runs, prompt and seed decide; for a prompt of which no seed is in both, the order of its images. Of a
-    folder without a store the file of the same name is the other image: its place below the run, or below its images/.
-    Where a file is missing there is no pair.
+    Of two runs, the images of the same prompt and seed are a pair; for a prompt with no seed in common, images are
+    paired in their order. In a folder without a store, the other image is the file with the same path relative to the
+    run, or to its images/. Where a file is missing there is no pair.
     """
     here = store.images()
     if (other / "feedback.sqlite").exists():
@@ -154,13 +155,13 @@ def _match_runs(here: Sequence[StoredImage], other: Path) -> dict[int, str]:
         there = theirs.images()
     finally:
         theirs.close()
-    drawn: dict[tuple[str, int | None], str] = {}
+    sampled: dict[tuple[str, int | None], str] = {}
     prompts: dict[str, list[str]] = {}
     for image in there:
         path = os.path.abspath(image.file)
         prompts.setdefault(image.prompt, []).append(path)
-        drawn.setdefault((image.prompt, image.seed), path)
-    pairs = {i.id: drawn[i.prompt, i.seed] for i in here if i.seed is not None and (i.prompt, i.seed) in drawn}
+        sampled.setdefault((image.prompt, image.seed), path)
+    pairs = {i.id: sampled[i.prompt, i.seed] for i in here if i.seed is not None and (i.prompt, i.seed) in sampled}
     seeded = {image.prompt for image in here if image.id in pairs}
     for image in here:
         if image.prompt not in seeded and prompts.get(image.prompt):

@@ -1,4 +1,4 @@
-"""Which images each labeller is asked for next."""
+"""Which images are shown to each labeller next."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Collection
 
 import numpy as np
 
-REMEMBERED = 32  # labellers whose order is kept in memory; another's is made anew when they come back
+REMEMBERED = 32  # labellers whose order is kept in memory; that of others is computed again when they come back
 DONE = np.iinfo(np.int64).max
 
 
 class Queue:
-    """The next item of each labeller: the one with the least labelled of the images that they have not judged.
+    """The next item of each labeller: that of the image with the fewest verdicts among those without one of theirs.
 
-    group (N,): the item of each of N rows (images), 0 to M-1; counts (N,): the labels that each has. Among equals items
-    come in an order of the labeller's own, so that people who work at once seldom judge the same. The next one is the
-    least of N numbers, whatever the order that labels came in. An image with `enough` labels is asked for no more.
+    group (N,): the item of each of N rows (images), 0 to M-1; counts (N,): the number of verdicts on each. Items with
+    equal counts come in a random order for each labeller, so that people who work at the same time seldom see the same.
+    The next item is the minimum of N keys, in whatever order verdicts come. An image with `enough` verdicts is done.
     """
 
     def __init__(self, group: np.ndarray, counts: np.ndarray, enough: int | None = None):
@@ -28,7 +28,7 @@ class Queue:
         self.keys: dict[str, np.ndarray] = {}
 
     def open(self, labeller: str, done: np.ndarray) -> None:
-        """Begin with a labeller who has judged the rows `done`."""
+        """Add a labeller, who has given a verdict on the rows `done`."""
         if len(self.keys) >= REMEMBERED:
             oldest = next(iter(self.keys))
             del self.keys[oldest], self.ranks[oldest]
@@ -37,7 +37,7 @@ class Queue:
         self.keys[labeller][done] = DONE
 
     def add(self, labeller: str, row: int, change: int) -> None:
-        """The labeller judged a row (change 1), took a verdict back (-1), or judged it elsewhere before (0)."""
+        """A row gets a verdict of the labeller (change 1), loses it (-1), or has one from elsewhere (0)."""
         self.counts[row] += change
         for key in self.keys.values():
             if key[row] != DONE:
@@ -46,24 +46,24 @@ class Queue:
         self.keys[labeller][row] = again if change < 0 else DONE
 
     def next(self, labeller: str, without: Collection[int]) -> int | None:
-        """An item that is none of `without`; None where the labeller has judged all others, or they have enough."""
+        """The next item that is not in `without`; None where no other is left for the labeller."""
         key = self.keys[labeller]
         hidden = np.concatenate([self.rows(item) for item in without] or [np.empty(0, int)])
         kept, key[hidden] = key[hidden], DONE
         row = int(key.argmin()) if len(key) else 0
         open_ = len(key) > 0 and key[row] != DONE and (self.enough is None or self.counts[row] < self.enough)
-        found = int(self.group[row]) if open_ else None
+        item = int(self.group[row]) if open_ else None
         key[hidden] = kept
-        return found
+        return item
 
     def rows(self, item: int) -> np.ndarray:
         return self.order[self.starts[item] : self.starts[item + 1]]
 
     def left(self, labeller: str) -> int:
-        """How many rows the labeller has not judged and have not enough labels."""
+        """The number of rows that still need a verdict of the labeller."""
         left = self.keys[labeller] != DONE
         return int(np.count_nonzero(left if self.enough is None else left & (self.counts < self.enough)))
 
     def done(self, labeller: str) -> int:
-        """How many rows the labeller has judged."""
+        """The number of rows that have a verdict of the labeller."""
         return int(np.count_nonzero(self.keys[labeller] == DONE))

@@ -1,7 +1,7 @@
-"""The labelling page's server, of the standard library alone.
+"""The server of the label page, written with the standard library alone.
 
-Whoever asks needs the token, kept in a cookie; only requests that name this machine (or --origin) and come from its own
-page are answered. A verdict is in the store and on the disk before the page marks it.
+A browser needs the token, which a cookie keeps. The server answers only requests that name this machine (or --origin)
+and come from its own page. A verdict is in the store and on the disk before the page marks it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from urllib.parse import parse_qs, urlsplit
 from ..feedback import LONGEST_NAME, SIMULATED, StoreError, clean_name
 from .book import LabelBook, Refused
 
-AHEAD = 3  # items that the page has in hand, so that the next is there at once
-BODY = 4096  # bytes of a request's body at most
-CONNECTIONS = 32  # open at once, a thread each; where more come, the one that waits longest makes room
-REQUEST_TIME = 60  # seconds that a request may take in all
+AHEAD = 3  # items that the page loads in advance
+LARGEST_BODY = 4096  # bytes of a request
+CONNECTIONS = 32  # open at once, a thread each; another one closes the connection that is idle longest
+REQUEST_TIME = 60  # seconds that a request may take
 PAGE = Path(__file__).parent / "page"
 FILES = {
     "/": ("label.html", "text/html; charset=utf-8"),
@@ -47,7 +47,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-NO_TOKEN = "this page needs its token: open the whole address that the server printed in its terminal"
+NO_TOKEN = "this page needs its token: open the complete address, with ?token=, that the server printed in its terminal"
 REFUSAL = """<!doctype html><html lang="en"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><title>Label images</title><h1>Label images</h1><p>{}.</p></html>"""
 
@@ -55,12 +55,12 @@ REFUSAL = """<!doctype html><html lang="en"><meta name="viewport" content="width
 class Server(ThreadingHTTPServer):
     """Serves a book to browsers that have the token.
 
-    labeller: who labels (None: the page asks); guide: instructions, shown as plain text; origin: one more scheme, host
-    and path that the page is reached by, such as https://example.org/label through a proxy.
+    labeller: the labeller's name (None: the page asks for it); guide: instructions, shown as plain text; origin:
+    another address of the page (scheme, host and path), such as https://example.org/label of a proxy.
     """
 
     daemon_threads = True
-    request_queue_size = 128  # a connection that finds no place is tried again after a second
+    request_queue_size = 128  # a browser tries a connection beyond these again after a second
 
     def __init__(
         self,
@@ -79,29 +79,29 @@ class Server(ThreadingHTTPServer):
         self.once: str | None = secrets.token_urlsafe(24)
         self.connections: dict[
             socket.socket, tuple[bool, float]
-        ] = {}  # whether it is being answered, and its last moment
+        ] = {}  # whether it is being answered, and its time limit
         self.guard = threading.Lock()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
 
-    def server_bind(self) -> None:  # HTTPServer's asks the name service, which may take seconds
+    def server_bind(self) -> None:  # HTTPServer's asks the name service, which can take seconds
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.host, self.server_address[1]
 
     def address(self, key: str, value: str) -> str:
-        """What to open in the browser; `key` is token, or once, which other users of the machine may read in vain."""
+        """The address to open; `key` is token, or once, whose value works once and so may be seen by other users."""
         host = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(self.host, self.host)
         return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}/?{key}={value}"
 
     def is_named(self, host: str) -> bool:
-        """Whether a Host header is this server's: a page that has its own name point here (DNS rebinding) is not."""
+        """Whether a Host header names this server: another site's name that points here (DNS rebinding) does not."""
         parts = re.fullmatch(r"(\[[0-9a-f:.]+\]|[\w.-]+)(:[0-9]+)?", host.lower(), re.ASCII)
         if parts is None:
             return False
         name = parts[1].strip("[]").rstrip(".")
         if name in ("localhost", "127.0.0.1", "::1", self.host.lower()) or self.origin and host == self.origin.netloc:
             return True
-        # on all interfaces any address may be this machine's, but an address cannot be rebound
+        # on all interfaces: any address may be this machine's, and an address cannot be rebound
         return self.host in ("0.0.0.0", "::") and (is_address(name) or name == socket.gethostname().lower())
 
     def is_origin(self, origin: str, host: str) -> bool:
@@ -135,9 +135,9 @@ class Server(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def mark(self, request: socket.socket, answered: bool) -> None:
-        """A request begins to be read, or to be answered."""
+        """Note that a request is read now, or answered."""
         with self.guard:
-            if self.connections.pop(request, None) is not None:  # to the end: the first one waits longest
+            if self.connections.pop(request, None) is not None:  # to the end: the first is idle longest
                 self.connections[request] = answered, time.monotonic() + REQUEST_TIME
 
     def service_actions(self) -> None:
@@ -146,9 +146,9 @@ class Server(ThreadingHTTPServer):
                 self.cut(request)
 
     def cut(self, request: socket.socket) -> None:
-        """End a connection; its thread reads the end of the stream."""
+        """Close a connection; its thread reads the end of the stream."""
         del self.connections[request]
-        with suppress(OSError):  # the other side was faster
+        with suppress(OSError):  # it is closed already
             request.shutdown(socket.SHUT_RDWR)
 
     def close_request(self, request: Any) -> None:
@@ -162,7 +162,7 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers one connection. Answers are JSON but for the page and its images; errors are {"error": one line}."""
+    """Answers the requests of one connection: the page, its images, else JSON; an error is {"error": one line}."""
 
     server: Server
     protocol_version = "HTTP/1.1"
@@ -193,24 +193,24 @@ class Handler(BaseHTTPRequestHandler):
         except (ConnectionError, TimeoutError):
             self.close_connection = True
         except Exception:
-            traceback.print_exc()  # here, not in the answer
-            self.refuse(500, "the server made a mistake; its terminal says more")
+            traceback.print_exc()  # in the terminal, not in the answer
+            self.refuse(500, "an error in the server, whose terminal says more")
 
     def check(self) -> None:
-        """Refused unless the request is one request, for this server, from its page, with its token."""
+        """Refused unless this is exactly one request, to this server, from its page, with its token."""
         for header in ("Host", "Content-Length", "Transfer-Encoding", "Origin"):
             if len(self.headers.get_all(header, ())) > 1:
                 raise Refused(400, f"{header} is given twice")
         if self.command != "POST" and (
             self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers
         ):
-            raise Refused(400, f"{self.command} takes no body")  # which would be read as the next request
+            raise Refused(400, f"{self.command} takes no body")  # it would be read as the next request
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-        proxy = "behind a proxy, start it with --origin and the address that the browser shows"
+        proxy = "behind a proxy, start the server with --origin and the address that the browser shows"
         if not self.server.is_named(host):
-            raise Refused(403, f"this address is not the server's; open the one that it printed ({proxy})")
+            raise Refused(403, f"this is not the server's address; open the one that it printed ({proxy})")
         if origin is not None and not self.server.is_origin(origin, host):
-            raise Refused(403, f"asked by another site, {origin[:200]} ({proxy})")
+            raise Refused(403, f"a request from another site, {origin[:200]} ({proxy})")
         cookie = re.search(rf"(?:^|; ){self.cookie()}=([\w-]+)", self.headers.get("Cookie", ""))
         query = self.query()
         for given in (cookie and cookie[1], query.get("token")):
@@ -223,7 +223,7 @@ class Handler(BaseHTTPRequestHandler):
         return f"minialign-{self.server.server_port}"  # cookies know no ports
 
     def address(self) -> str:
-        """The path that is asked for, below the proxy's where the proxy leaves that in."""
+        """The path of the request, without that of the proxy if it has it."""
         path, prefix = urlsplit(self.path).path, self.server.prefix
         return path[len(prefix) :] if prefix and path.startswith(f"{prefix}/") else path
 
@@ -231,19 +231,19 @@ class Handler(BaseHTTPRequestHandler):
         try:
             return {key: values[-1] for key, values in parse_qs(urlsplit(self.path).query, max_num_fields=8).items()}
         except ValueError as error:
-            raise Refused(400, "not an address that is read here") from error
+            raise Refused(400, "the query of the address cannot be read") from error
 
     def get(self) -> None:
         self.server.mark(self.connection, answered=True)
         query, path = self.query(), self.address()
-        if path == "/" and query.keys() & {"token", "once"}:  # out of the address bar
+        if path == "/" and query.keys() & {"token", "once"}:  # the cookie replaces it in the address bar
             kept = f"{self.cookie()}={self.server.token}; HttpOnly; SameSite=Lax; Path=/"
             return self.send(303, "text/plain", b"", {"Location": "./", "Set-Cookie": kept})
         if path in FILES:
             name, kind = FILES[path]
             return self.send(200, kind, (PAGE / name).read_bytes())
-        if found := re.fullmatch(r"/image/([0-9]{1,18})(?:/(left|right))?", path):
-            return self.send(200, *self.server.book.picture(int(found[1]), found[2]))
+        if image := re.fullmatch(r"/image/([0-9]{1,18})(?:/(left|right))?", path):
+            return self.send(200, *self.server.book.picture(int(image[1]), image[2]))
         if path.startswith("/api/"):
             return self.reply(self.api(path.removeprefix("/api/"), query))
         raise Refused(404, "no such page")
@@ -253,10 +253,10 @@ class Handler(BaseHTTPRequestHandler):
         if name == "setup":
             with book.lock:
                 names = [name for name in book.store.labellers() if name != SIMULATED]
-            told = {"mode": book.mode, "labeller": self.server.labeller, "guide": self.server.guide}
-            return told | {"enough": book.enough, "labellers": names[:100]}
+            setup = {"mode": book.mode, "labeller": self.server.labeller, "guide": self.server.guide}
+            return setup | {"enough": book.enough, "labellers": names[:100]}
         if name == "summary":
-            return {"lines": book.told(self.name(query["labeller"]) if "labeller" in query else None)}
+            return {"lines": book.results(self.name(query["labeller"]) if "labeller" in query else None)}
         if name == "next":
             labeller, keys = self.name(query.get("labeller")), query.get("without", "")
             if not re.fullmatch(r"([0-9]{1,18}(,[0-9]{1,18}){0,49})?", keys):
@@ -269,34 +269,34 @@ class Handler(BaseHTTPRequestHandler):
         raise Refused(404, "no such page")
 
     def post(self) -> None:
-        if self.address() != "/api/judge":
+        if self.address() != "/api/verdict":
             raise Refused(404, "no such page")
-        if self.headers.get_content_type() != "application/json":  # what a form of another site cannot send
+        if self.headers.get_content_type() != "application/json":  # a form of another site cannot send it
             raise Refused(415, "accepted: application/json")
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch(r"[0-9]{1,9}", length) or "Transfer-Encoding" in self.headers:
             raise Refused(411, "Content-Length is needed")
-        if int(length) > BODY:
-            raise Refused(413, f"a request has at most {BODY} bytes")
+        if int(length) > LARGEST_BODY:
+            raise Refused(413, f"a request has at most {LARGEST_BODY} bytes")
         body = self.rfile.read(int(length))
         if len(body) < int(length):
-            raise ConnectionError("ended before its body did")
+            raise ConnectionError("the request ended before its body")
         self.server.mark(self.connection, answered=True)
         try:
-            asked = json.loads(body)
-            labeller, image, verdict = (asked[key] for key in ("labeller", "image", "verdict"))
+            request = json.loads(body)
+            labeller, image, verdict = (request[key] for key in ("labeller", "image", "verdict"))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise Refused(400, "accepted: {labeller, image, verdict} as JSON") from error
         if not isinstance(image, int) or isinstance(image, bool) or not isinstance(verdict, str | None):
             raise Refused(400, "accepted: a number for image, a word or null for verdict")
         if not 0 <= image < 2**63:
             raise Refused(404, "no such image")
-        self.reply(self.server.book.judge(self.name(labeller), image, verdict))
+        self.reply(self.server.book.save(self.name(labeller), image, verdict))
 
     def name(self, text: Any) -> str:
         name = clean_name(text) if isinstance(text, str) else None
         if name is None or name == SIMULATED:
-            raise Refused(400, f"labeller: accepted: a name of 1 to {LONGEST_NAME} characters, a person's")
+            raise Refused(400, f"labeller: accepted: a person's name of 1 to {LONGEST_NAME} characters")
         return name
 
     def reply(self, value: dict[str, Any]) -> None:
@@ -305,8 +305,8 @@ class Handler(BaseHTTPRequestHandler):
     def refuse(self, status: int, message: str) -> None:
         self.close_connection = True  # the request's body may be unread
         kind, body = "application/json", json.dumps({"error": message})
-        headers = getattr(self, "headers", None)  # None of a request that is too broken to have any
-        if headers is not None and "text/html" in headers.get("Accept", ""):  # a person opened this address
+        headers = getattr(self, "headers", None)  # None in a request that is too broken to have any
+        if headers is not None and "text/html" in headers.get("Accept", ""):  # a person has opened this address
             kind, body = "text/html; charset=utf-8", REFUSAL.format(html.escape(message[0].upper() + message[1:]))
         self.send(status, kind, body.encode(), {"Connection": "close"})
 
@@ -319,11 +319,11 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        # the standard library's, of broken requests
-        self.refuse(code, message or "not a request that is answered here")
+        # called by the standard library for broken requests
+        self.refuse(code, message or "not a request that this server answers")
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing: a line a picture would bury what matters."""
+        """Nothing: a line for each image would hide the messages that matter."""
 
 
 def is_address(name: str) -> bool:

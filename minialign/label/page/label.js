@@ -1,10 +1,11 @@
 "use strict";
-// The labelling page. What it shows as judged is on the server's disk: a mark appears when the server has said so.
+// The label page. A verdict that is marked is on the server's disk: the mark appears when the server has confirmed it.
 
 const $ = (id) => document.getElementById(id);
 const MODES = {
   label: {
-    ask: "Does it show what the prompt says?",
+    done: "labelled",
+    ask: "Does each image match the prompt?",
     guide: "Good: everything that the prompt asks for is there. Bad: something is missing or wrong. Skip: you cannot tell.",
     verdicts: [
       { value: "bad", name: "Bad", sign: "✗", keys: ["b"], shown: "B" },
@@ -13,8 +14,9 @@ const MODES = {
     ],
   },
   compare: {
-    ask: "Which shows what the prompt says better?",
-    guide: "Choose the side that shows what the prompt asks for better. Tie: neither is better.",
+    done: "compared",
+    ask: "Which side matches the prompt better?",
+    guide: "Choose the side that matches the prompt better. Tie: neither is better.",
     verdicts: [
       { value: "left", name: "Left", sign: "", keys: ["arrowleft", "l"], shown: "←" },
       { value: "tie", name: "Tie", sign: "", keys: ["arrowdown", "t"], shown: "↓" },
@@ -27,28 +29,28 @@ const MOVE = 220; // milliseconds that a finished item stays, so that its last m
 
 let mode, labeller, enough;
 let item = null; // shown: { item: key, prompt, slots: [{ id, images, verdict, time }], pictures }
-let at = 0; // the image of it that is looked at
+let at = 0; // the image of it that is selected
 let coming = []; // items in hand, their images loading
 let ahead = []; // items that were left by going back, the next one last
 let past = []; // what can be undone: { item, slot, at, before }
 let passed = []; // keys of items that were left without a verdict
-let moving = false; // between two items: keys would hit what nobody has seen
-const items = new Map(); // key -> item, so that one item is one object
+let moving = false; // between two items, where keys do nothing: a verdict would be of an image that nobody has seen
+const items = new Map(); // key -> item: one object for each item
 let recent = []; // items with images in memory, the latest last
 
 // ---------------------------------------------------------------------------------------------------- the server
 async function ask(path, body) {
-  const how = { cache: "no-store", signal: AbortSignal.timeout(20000) };
-  if (body) Object.assign(how, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+  const options = { cache: "no-store", signal: AbortSignal.timeout(20000) };
+  if (body) Object.assign(options, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
   let answer;
   try {
-    answer = await fetch(path, how);
+    answer = await fetch(path, options);
   } catch {
-    throw Object.assign(new Error("The server does not answer; is it still running? All that shows a mark is saved."), { lost: true });
+    throw Object.assign(new Error("The server does not answer; is it still running? Every verdict that is marked is saved."), { lost: true });
   }
   if (!answer.ok) {
-    const told = await answer.json().catch(() => ({}));
-    throw new Error(sentence(told.error || `The server answers ${answer.status}.`));
+    const reply = await answer.json().catch(() => ({}));
+    throw new Error(sentence(reply.error || `The server answers ${answer.status}.`));
   }
   return answer;
 }
@@ -56,8 +58,8 @@ async function ask(path, body) {
 const get = async (path, query) => (await ask(`${path}?${new URLSearchParams(query)}`)).json();
 const sentence = (text) => text[0].toUpperCase() + text.slice(1) + (text.endsWith(".") ? "" : ".");
 
-// One thing after the other: what a key asks for waits until what the last key asked for is done. Where that fails, what
-// waits behind it is dropped, or a verdict would hit another image than was meant.
+// One task after the other: the task of a key waits until that of the last key is done. Where one fails, those that wait
+// behind it are dropped: their verdicts would be saved for another image than was meant.
 let work = Promise.resolve();
 let waiting = 0;
 let failures = 0;
@@ -86,17 +88,17 @@ function fail(message) {
 }
 
 // ------------------------------------------------------------------------------------------------------ the items
-function adopt(told) {
-  const known = items.get(told.item);
-  if (!known || known.slots.length !== told.slots.length) {
-    items.set(told.item, told);
-    return told;
+function adopt(received) {
+  const known = items.get(received.item);
+  if (!known || known.slots.length !== received.slots.length) {
+    items.set(received.item, received);
+    return received;
   }
-  known.slots.forEach((slot, i) => Object.assign(slot, told.slots[i]));
+  known.slots.forEach((slot, i) => Object.assign(slot, received.slots[i]));
   return known;
 }
 
-// Pictures are fetched, not linked, so that a reason can be shown where one cannot.
+// Images are fetched, not linked, so that the page can say why one cannot be shown.
 function load(one) {
   recent = [...recent.filter((other) => other !== one), one];
   one.pictures ??= Promise.all(one.slots.flatMap((slot) => slot.images).map(async (address) => {
@@ -120,7 +122,7 @@ async function forget(one) {
   for (const picture of await pictures) if (picture.url) URL.revokeObjectURL(picture.url);
 }
 
-// One request at a time: an answer that is older than a verdict would offer its item again.
+// One request at a time: an answer from before a verdict would offer its item again.
 let filling = null;
 function fill(anew = false) {
   filling ??= more(anew).finally(() => { filling = null; });
@@ -130,14 +132,14 @@ function fill(anew = false) {
 async function more(anew) {
   const who = labeller;
   const have = anew ? [] : [...passed, ...[item, ...coming, ...ahead].filter(Boolean).map((one) => one.item)];
-  const told = await get("api/next", { labeller, without: have.slice(-50).join() });
+  const reply = await get("api/next", { labeller, without: have.slice(-50).join() });
   if (who !== labeller) return;
-  coming.push(...told.items.map(adopt));
+  coming.push(...reply.items.map(adopt));
   coming.forEach(load);
-  progress(told.progress);
+  showProgress(reply.progress);
 }
 
-// The next item: what was left by going back, what is in hand, what the server has, and at last what was passed over.
+// The next item: one that was left by going back, else one in hand, else the server's, and at last one that was passed over.
 async function advance() {
   if (!ahead.length && !coming.length) await fill();
   if (!ahead.length && !coming.length) {
@@ -147,7 +149,7 @@ async function advance() {
   const next = ahead.pop() ?? coming.shift();
   if (!next) return finish();
   await show(next);
-  if (coming.length < 2) fill().catch(() => {}); // asked again, and told, when it is needed
+  if (coming.length < 2) fill().catch(() => {}); // repeated, and its error shown, when the items are needed
 }
 
 async function show(one, place) {
@@ -157,26 +159,27 @@ async function show(one, place) {
   item.shown = seen(await load(one));
   const open = slots().findIndex((slot) => slot.verdict === null);
   at = place ?? (mode === "label" ? Math.max(open, 0) : 0);
-  turn("work");
-  draw();
+  showSection("work");
+  render();
   say(`${item.prompt}. ${where()}`);
 }
 
-// What is judged as one: each image, or in a comparison each side's, which may be a set of them.
+// What gets one verdict: an image or, in a comparison, a side, which may be a set of images.
 function seen(pictures) {
   const size = mode === "label" ? 1 : pictures.length / 2;
   return Array.from({ length: pictures.length / size }, (_, i) => pictures.slice(i * size, (i + 1) * size));
 }
 
 async function finish() {
-  const told = await get("api/next", { labeller });
+  const reply = await get("api/next", { labeller });
   item = null;
   if ($("zoom").open) $("zoom").close();
-  progress(told.progress);
-  const done = told.progress.done.toLocaleString("en"), what = mode === "label" ? "images" : "pairs";
-  const all = enough ? `all ${what} have been judged ${enough === 1 ? "once" : `${enough} times`}, ${done} of them by you.` : `you have judged all ${done} ${what}.`;
+  showProgress(reply.progress);
+  const done = reply.progress.done.toLocaleString("en"), what = mode === "label" ? "images" : "pairs";
+  const verdicts = enough === 1 ? "1 verdict" : `${enough} verdicts`;
+  const all = enough ? `all ${what} have ${verdicts} now; ${done} of them you have ${MODES[mode].done}.` : `you have ${MODES[mode].done} all ${done} ${what}.`;
   $("total").textContent = `${labeller}, ${all}`;
-  turn("end");
+  showSection("end");
   $("end").querySelector("h1").focus();
   say("All done, thank you.");
   list("summary", (await get("api/summary", { labeller })).lines);
@@ -186,26 +189,26 @@ const slots = () => item.slots;
 const slot = () => item.slots[mode === "label" ? at : 0];
 
 async function save(one, value) {
-  const send = () => ask("api/judge", { labeller, image: one.id, verdict: value });
+  const send = () => ask("api/verdict", { labeller, image: one.id, verdict: value });
   const answer = await send().catch(async (error) => {
     if (!error.lost) throw error;
     fail("The server does not answer; is it still running? Your last verdict is sent again when it is back.");
     while (!(await fetch("api/setup", { cache: "no-store" }).catch(() => null))) await pause(500);
-    return send(); // once: what fails now is told
+    return send(); // once: if it fails again, the error is shown
   });
-  const told = await answer.json();
-  Object.assign(one, { verdict: value, time: told.time });
-  progress(told.progress);
+  const reply = await answer.json();
+  Object.assign(one, { verdict: value, time: reply.time });
+  showProgress(reply.progress);
 }
 
 // ---------------------------------------------------------------------------------------------------- what keys do
-function judge(value) {
+function giveVerdict(value) {
   if (!item || moving || waiting >= Math.max(1, slots().filter((one) => one.verdict === null).length)) return;
   act(async () => {
     const one = slot(), before = one.verdict, mine = item;
-    const judged = mode === "label" ? item.shown[at] : item.shown.flat();
-    if (value !== "skip" && judged.some((picture) => picture.error)) {
-      throw new Error(mode === "label" ? "The image cannot be shown: skip it." : "An image cannot be shown: go forward.");
+    const shown = mode === "label" ? item.shown[at] : item.shown.flat();
+    if (value !== "skip" && shown.some((picture) => picture.error)) {
+      throw new Error(mode === "label" ? "The image cannot be shown: skip it." : "An image cannot be shown: press N for the next pair.");
     }
     await save(one, value);
     past.push({ item: mine, slot: one, at, before });
@@ -214,7 +217,7 @@ function judge(value) {
     if (open >= 0 || (before !== null && at + 1 < slots().length)) {
       if ($("zoom").open) await held(); // the next image would hide the mark
       at = open >= 0 ? open : at + 1;
-      draw();
+      render();
       say(`${name}. ${where()}`);
       return;
     }
@@ -223,9 +226,9 @@ function judge(value) {
   });
 }
 
-// What was judged stays in sight for a moment, and keys do nothing, until what follows is shown.
+// The verdict stays in sight for a moment, in which keys do nothing, before the next image is shown.
 async function held(then) {
-  draw();
+  render();
   moving = true;
   try {
     await pause(MOVE);
@@ -239,10 +242,10 @@ const pause = (time) => new Promise((done) => setTimeout(done, time));
 
 const undo = () => act(async () => {
   let last = past.at(-1);
-  if (!last) { // after a reload: what the server had last
-    const told = await get("api/back", { labeller });
-    if (!told.item) return say("There is nothing to undo.");
-    const one = adopt(told.item);
+  if (!last) { // after a reload: the last verdict that the server has
+    const reply = await get("api/back", { labeller });
+    if (!reply.item) return say("There is nothing to undo.");
+    const one = adopt(reply.item);
     const place = one.slots.reduce((best, other, i) => ((other.time ?? "") > (one.slots[best].time ?? "") ? i : best), 0);
     last = { item: one, slot: one.slots[place], at: mode === "label" ? place : 0, before: null };
   }
@@ -255,10 +258,10 @@ const undo = () => act(async () => {
 
 const back = () => act(async () => {
   const times = item ? slots().map((one) => one.time).filter(Boolean).sort() : [];
-  const told = await get("api/back", { labeller, before: times[0] ?? "" });
-  if (!told.item) return say("There is nothing before this.");
+  const reply = await get("api/back", { labeller, before: times[0] ?? "" });
+  if (!reply.item) return say("There is nothing before this.");
   if (item) ahead.push(item);
-  await show(adopt(told.item), 0);
+  await show(adopt(reply.item), 0);
 });
 
 const forward = () => act(async () => {
@@ -267,10 +270,10 @@ const forward = () => act(async () => {
   await advance();
 });
 
-function look(place) {
+function select(place) {
   if (!item || place < 0 || place >= item.shown.length) return;
   at = place;
-  draw();
+  render();
   say(where());
 }
 
@@ -278,19 +281,19 @@ function zoom() {
   if ($("zoom").open) return $("zoom").close();
   if (!item) return;
   $("zoom").showModal();
-  draw();
+  render();
 }
 
 async function help() {
   if ($("keys").open) return $("keys").close();
   $("keys").showModal();
-  if (mode === "compare") return; // who wins is told at the end
+  if (mode === "compare") return; // which run wins is said at the end
   list("so-far", ["…"]);
-  list("so-far", await get("api/summary", labeller ? { labeller } : {}).then((told) => told.lines, (error) => [error.message]));
+  list("so-far", await get("api/summary", labeller ? { labeller } : {}).then((reply) => reply.lines, (error) => [error.message]));
 }
 
 // -------------------------------------------------------------------------------------------------------- the page
-function turn(section) {
+function showSection(section) {
   for (const id of ["begin", "work", "end"]) $(id).hidden = id !== section;
   $("who").hidden = $("meter").hidden = section === "begin";
 }
@@ -306,21 +309,21 @@ function list(id, lines) {
 function where() {
   const one = slot();
   const verdict = MODES[mode].verdicts.find((known) => known.value === one.verdict);
-  const judged = verdict ? `judged ${verdict.name.toLowerCase()}` : "not judged";
-  return mode === "label" ? `Image ${at + 1} of ${slots().length}, ${judged}.` : `Pair ${judged}.`;
+  const given = verdict ? `verdict ${verdict.name.toLowerCase()}` : "no verdict yet";
+  return mode === "label" ? `Image ${at + 1} of ${slots().length}, ${given}.` : `Pair, ${given}.`;
 }
 
-function progress(told) {
-  const left = told.total - told.done;
-  $("bar").max = Math.max(1, told.total);
-  $("bar").value = told.done;
+function showProgress({ done, total, speed }) {
+  const left = total - done;
+  $("bar").max = Math.max(1, total);
+  $("bar").value = done;
   const number = (value) => value.toLocaleString("en");
   const more = [];
-  if (told.speed) {
-    more.push(`${told.speed < 10 ? told.speed.toFixed(1) : Math.round(told.speed)} a minute`);
-    if (left) more.push(`about ${duration(left / told.speed)} to go`);
+  if (speed) {
+    more.push(`${speed < 10 ? speed.toFixed(1) : Math.round(speed)} a minute`);
+    if (left) more.push(`about ${duration(left / speed)} to go`);
   }
-  $("count").textContent = `${number(told.done)} of ${number(told.total)} · ${number(left)} left`;
+  $("count").textContent = `${number(done)} of ${number(total)} · ${number(left)} left`;
   if (more.length) {
     const span = Object.assign(document.createElement("span"), { className: "more", textContent: ` · ${more.join(" · ")}` });
     $("count").append(span);
@@ -346,20 +349,20 @@ function picture(side, alt) {
 function mark(i) {
   const verdict = (mode === "label" ? slots()[i] : slots()[0]).verdict;
   if (verdict === null || (mode === "compare" && verdict !== "tie" && verdict !== ["left", "right"][i])) return null;
-  const told = MODES[mode].verdicts.find((known) => known.value === verdict);
-  const text = mode === "label" ? `${told.sign} ${told.name}` : verdict === "tie" ? "Tie" : "✓ Better";
+  const { sign, name } = MODES[mode].verdicts.find((known) => known.value === verdict);
+  const text = mode === "label" ? `${sign} ${name}` : verdict === "tie" ? "Tie" : "✓ Better";
   const kind = mode === "label" ? verdict : verdict === "tie" ? "" : "chosen";
   return Object.assign(document.createElement("span"), { className: `mark ${kind}`, textContent: text });
 }
 
-// In the zoom, where one image of a pair is seen, the verdict is told in words.
+// In the zoom, which shows one image of a pair, the verdict is in words.
 function verdictInZoom() {
   if (mode === "label" || slots()[0].verdict === null) return mark(at);
-  const told = { left: "Left is better", tie: "Tie", right: "Right is better" }[slots()[0].verdict];
-  return Object.assign(document.createElement("span"), { className: "mark chosen", textContent: told });
+  const words = { left: "Left is better", tie: "Tie", right: "Right is better" }[slots()[0].verdict];
+  return Object.assign(document.createElement("span"), { className: "mark chosen", textContent: words });
 }
 
-function draw() {
+function render() {
   if ($("prompt").textContent !== item.prompt) {
     $("prompt").textContent = item.prompt;
     $("prompt").scrollTop = 0;
@@ -378,7 +381,7 @@ function draw() {
     const badge = mark(i);
     if (badge) card.append(badge);
     if (i === at) card.setAttribute("aria-current", "true");
-    card.addEventListener("click", () => (i === at ? zoom() : look(i)));
+    card.addEventListener("click", () => (i === at ? zoom() : select(i)));
     const place = document.createElement("li");
     place.append(card);
     return place;
@@ -386,30 +389,37 @@ function draw() {
   if (held) $("cards").children[at].firstChild.focus();
   $("stage").replaceChildren(picture(item.shown[at], ""));
   $("stage").setAttribute("aria-label", `Zoom: ${names[at]}`);
-  for (const button of $("dock").children) button.setAttribute("aria-pressed", String(button.value === slot().verdict));
+  for (const button of document.querySelectorAll(".dock button")) button.setAttribute("aria-pressed", String(button.value === slot().verdict));
   if ($("zoom").open) {
     $("large").replaceChildren(...[picture(item.shown[at], names[at]), verdictInZoom()].filter(Boolean));
     $("caption").textContent = `${item.prompt} · ${names[at]}`;
   }
 }
 
-function dress() {
-  const told = MODES[mode];
+// A button for each verdict; in the zoom arrows move, so the letter is the key of a verdict there.
+function verdictButtons(inZoom) {
+  return MODES[mode].verdicts.map((verdict) => {
+    const button = Object.assign(document.createElement("button"), { type: "button", value: verdict.value, className: verdict.value });
+    const key = inZoom ? verdict.keys.at(-1).toUpperCase() : verdict.shown;
+    button.append(`${verdict.sign} ${verdict.name}`.trim(), Object.assign(document.createElement("kbd"), { textContent: key }));
+    button.addEventListener("click", () => giveVerdict(verdict.value));
+    return button;
+  });
+}
+
+function setMode() {
   document.body.className = mode;
   document.title = mode === "label" ? "Label images" : "Compare images";
-  $("ask").textContent = told.ask;
+  $("ask").textContent = MODES[mode].ask;
   $("so-far").hidden = $("so-far-title").hidden = mode === "compare";
-  $("guide").textContent = $("first").textContent = told.guide;
-  $("dock").replaceChildren(...told.verdicts.map((verdict) => {
-    const button = Object.assign(document.createElement("button"), { type: "button", value: verdict.value, className: verdict.value });
-    button.append(`${verdict.sign} ${verdict.name}`.trim(), Object.assign(document.createElement("kbd"), { textContent: verdict.shown }));
-    button.addEventListener("click", () => judge(verdict.value));
-    return button;
-  }));
-  const keys = told.verdicts.map((verdict) => [verdict.shown, verdict.name]);
+  $("guide").textContent = $("first").textContent = MODES[mode].guide;
+  $("dock").replaceChildren(...verdictButtons(false));
+  $("zoom-dock").replaceChildren(...verdictButtons(true));
+  const keys = MODES[mode].verdicts.map((verdict) => [verdict.shown, verdict.name]);
   keys.push(...(mode === "label" ? [["← →", "choose an image (or 1 2 3)"]] : [["1 2", "choose the side to zoom"]]));
-  keys.push(["U", "undo the last verdict"], ["P", "back to the item before"], ["N", "forward; what is left unjudged comes back later"]);
-  keys.push(["Z", mode === "label" ? "zoom in and out" : "zoom in and out; there ← → move, and L T R judge"], ["?", "this help"]);
+  keys.push(["U", "undo the last verdict"], ["P", `previous ${mode === "label" ? "images" : "pair"}`]);
+  keys.push(["N", `next ${mode === "label" ? "images; those" : "pair; one"} without a verdict ${mode === "label" ? "come" : "comes"} back later`]);
+  keys.push(["Z", mode === "label" ? "zoom in and out" : "zoom in and out; in the zoom ← → choose the side, L T R give the verdict"], ["?", "this help"]);
   $("list").replaceChildren(...keys.flatMap(([key, does]) => {
     const dt = document.createElement("dt");
     dt.append(...key.split(" ").flatMap((part) => [Object.assign(document.createElement("kbd"), { textContent: part }), " "]));
@@ -434,12 +444,12 @@ document.addEventListener("keydown", (event) => {
   }
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   if ($("keys").open) return key === "?" ? help() : undefined;
-  const moves = $("zoom").open && key.startsWith("arrow"); // in the zoom arrows never judge
+  const moves = $("zoom").open && key.startsWith("arrow"); // in the zoom arrows never give a verdict
   const verdict = moves ? undefined : MODES[mode].verdicts.find((known) => known.keys.includes(key));
-  const does = verdict ? () => judge(verdict.value) : {
+  const does = verdict ? () => giveVerdict(verdict.value) : {
     u: undo, p: back, backspace: back, n: forward, z: zoom, "?": help,
-    arrowleft: () => look(at - 1), arrowright: () => look(at + 1),
-    1: () => look(0), 2: () => look(1), 3: () => look(2),
+    arrowleft: () => select(at - 1), arrowright: () => select(at + 1),
+    1: () => select(0), 2: () => select(1), 3: () => select(2),
   }[key];
   if (!does) return;
   event.preventDefault();
@@ -447,8 +457,8 @@ document.addEventListener("keydown", (event) => {
 });
 
 // ----------------------------------------------------------------------------------------------------------- begin
-// A reload goes on with the name; a new window asks, the last name filled in, for another may sit there now.
-const keep = (name) => { try { sessionStorage.labeller = localStorage.labeller = name; } catch { /* keeps nothing */ } };
+// A reload keeps the name. A new window asks for it and fills in the last one: somebody else may sit there now.
+const keep = (name) => { try { sessionStorage.labeller = localStorage.labeller = name; } catch { /* storage is turned off */ } };
 const recall = (where) => { try { return window[where].labeller; } catch { return undefined; } };
 
 const start = (name) => act(async () => {
@@ -463,14 +473,14 @@ const start = (name) => act(async () => {
 
 function greet() {
   $("cancel").hidden = $("work").hidden && $("end").hidden;
-  turn("begin");
+  showSection("begin");
   $("name").value = labeller ?? recall("localStorage") ?? "";
   $("name").focus();
   $("name").select();
 }
 
 function cancel() {
-  turn(item ? "work" : "end");
+  showSection(item ? "work" : "end");
   $("who").focus();
 }
 
@@ -481,14 +491,14 @@ $("form").addEventListener("submit", (event) => {
 });
 $("who").addEventListener("click", greet);
 $("cancel").addEventListener("click", cancel);
-$("zoom").addEventListener("close", () => $("cards").children[at]?.firstChild.focus()); // drawn anew meanwhile
+$("zoom").addEventListener("close", () => $("cards").children[at]?.firstChild.focus()); // the cards were replaced meanwhile
 for (const [id, does] of Object.entries({ undo, back, forward, closer: zoom, stage: zoom, shut: zoom, large: zoom, help,
-  "undo-last": undo, "look-back": back })) $(id).addEventListener("click", () => does());
+  "undo-last": undo, "back-last": back })) $(id).addEventListener("click", () => does());
 
 act(async () => {
   const setup = await get("api/setup", {});
   [mode, enough] = [setup.mode, setup.enough];
-  dress();
+  setMode();
   for (const place of document.querySelectorAll(".instructions")) {
     place.textContent = setup.guide;
     place.hidden = !setup.guide;
@@ -497,5 +507,5 @@ act(async () => {
   const name = setup.labeller ?? recall("sessionStorage");
   if (!name) return greet();
   start(name);
-  if (setup.guide && recall("sessionStorage") !== name) help(); // the first page, which shows it, is passed over
+  if (setup.guide && recall("sessionStorage") !== name) help(); // the page that asks for the name, where it stands, is not shown
 });
