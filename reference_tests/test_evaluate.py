@@ -262,8 +262,7 @@ def test_clean_images_look_like_drawings_of_what_they_show(clip, tmp_path):
         paths = [tmp_path / name / f"{i}.png" for i in range(40)]
         for path, one_picture in zip(paths, pictures):
             one_picture.save(path)
-        one = Judged(name, name, tmp_path, paths, embed_images(clip, pictures), {}, [None] * 40, None)
-        found.append(clean(one, clip, 0))
+        found.append(clean(paths, embed_images(clip, pictures), clip, 0))
     assert set(found[0] + found[1]) == {0.0, 1.0} and found[1][3] == 0
     assert sum(found[0]) >= 0.85 * 40 > 0.5 * 40 > sum(found[1])
 
@@ -273,7 +272,7 @@ def test_sets_are_compared_by_kind_rater_and_group(clip, tmp_path, monkeypatch):
     annotated = {"A": [1.0, 0, 0, 0, 1, 1], "B": [1.0, 1, 0, 0, 0, 1]}
     people = {"A": [1.0, 0, 0, 0, 1, None], "B": [1.0, 1, 0, 0, 0, 1]}
     sides = [side(name, simulated_annotator=annotated[name], people=people[name]) for name in annotated]
-    monkeypatch.setattr("minialign.evaluate.sets.clean", lambda side, clip, seed: [float(side.name == "A")] * 6)
+    monkeypatch.setattr("minialign.evaluate.sets.clean", lambda paths, *how: [float(paths[0].name[0] == "A")] * 6)
     found = compared_sets(sides, items, 2, clip, 0)
     assert found["size"] == 2 and set(found["compared"]) == {"alignment", "fidelity"}
     alone = found["compared"]["alignment"]["simulated annotator"]["B"]

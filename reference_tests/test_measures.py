@@ -31,6 +31,7 @@ from minialign.measures import (
     paired_interval,
     platt,
     prediction_interval,
+    preferred,
     saturation,
     student_p,
     student_t,
@@ -177,6 +178,13 @@ def test_area_under_curve_of_many_pairs():
     even = torch.arange(300_000).double() / 300_000
     score, label = torch.cat([even, even + 0.25]), torch.arange(600_000) >= 300_000
     assert area_under_curve(score, label.float()) == pytest.approx(1 - 0.75**2 / 2, abs=1e-5)
+
+
+def test_pairs_are_of_one_prompt():
+    """Three pairs of a, one of them tied; two of b; none across; c has no bad image."""
+    score, label = torch.tensor([0.9, 0.2, 0.5, 0.9, 0.1, 0.6, 0.3, 0.0]), torch.tensor([1.0, 0, 0, 0, 1, 0, 0, 1])
+    assert preferred(score, label, list("aaaabbbc")) == pytest.approx((2.5 + 0) / 5)
+    assert preferred(score, label, list("abcdefgh")) is None
 
 
 def test_calibration_bins_hold_every_pair():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from PIL import Image
 from minialign.engine.run import Run
 from minialign.evaluate import Judged
 from minialign.evaluate import TestItem as Item
+from minialign.feedback import SIMULATED
 from minialign.files import InputError
 from minialign.finetune import WEIGHTINGS
 from minialign.measures import frechet_distance
@@ -28,50 +30,82 @@ from minialign.pages.study_page import METRICS
 from minialign.reward.labels import Labelled, Split, contrastive_table
 from minialign.shapes.world import drawings, prompts
 from minialign.study import __main__ as study
-from minialign.study.cells import CELLS, DEFAULTS, SIZES, Cell, looked_at
-from minialign.study.filling import fill, labels_of, measured, point, relabelled, world
-from minialign.study.questions import SEEDS, questions
+from minialign.study.cells import (
+    CELLS,
+    DEFAULTS,
+    POOL,
+    SET,
+    SIZES,
+    Cell,
+    cell_calls,
+    clip_score,
+    job_calls,
+)
+from minialign.study.filling import labels_of, measured, point, relabelled
+from minialign.study.questions import SEEDS, findings, planned, questions
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_every_question_has_its_cells_and_no_cell_is_without_a_question(size):
-    asked = questions(size)
-    rows = [row for question in asked.values() for row in question.rows]
-    points = {
-        name: list(map(str, looked_at(size))) if cell.long else [str(n) if n > 1 else "" for n in cell.best_of or (1,)]
-        for name, cell in CELLS.items()
-    }
-    assert all(row.point in points[row.cell] for row in rows)
-    assert {row.cell for row in rows} == set(CELLS)
+def metrics_of(question: Any) -> set[str]:
+    return {metric for metric in (*question.metrics, *question.panels)}
+
+
+def test_every_question_has_its_cells_and_no_cell_is_without_a_question():
+    asked = questions()
+    of_questions = {row.cell for question in asked.values() for row in question.rows}
+    found = findings(["seen", "new objects"])
+    of_findings = {cell for finding in found for cell, _ in (finding.one, finding.other)}
+    assert of_questions | of_findings == set(CELLS) and 20 <= len(CELLS) <= 30
     for question in asked.values():
-        assert CELLS[question.rows[question.reference].cell] in (Cell(), CELLS["long"])
-    looks = SIZES[size]["looks"]
-    assert looks[0] == 0 and all(step % looks[1] == 0 for step in looks)  # or it would not be looked at
+        assert CELLS[question.rows[question.reference].cell] == Cell()
+        for row in question.rows:  # what a cell does not measure is asked of it nowhere
+            asked_of = metrics_of(question) - {"aligned"} if row.cell == "lambda-2-temperature-2" else set()
+            assert all(metric.partition(",")[0] in ("pairs", "auc", "ece") for metric in asked_of)
+    assert asked["beta"].expanded(["a", "b"]).metrics[:3] == ["aligned", "aligned, a", "aligned, b"]
+    assert {metric.partition(",")[0] for question in asked.values() for metric in metrics_of(question)} == set(METRICS)
 
 
-def test_the_grid_is_the_papers_questions():
+def test_the_grid_is_the_papers_questions_and_ours():
     def settings(key):
         return {cell.settings[key] for cell in CELLS.values() if key in cell.settings}
 
-    assert settings("beta") == {0, 0.1, 0.5, 1, 2}
-    assert settings("lambda") | {DEFAULTS["lambda"]} == {0, 0.25, 0.5, 1}
-    assert settings("temperature") | {DEFAULTS["temperature"]} == {0.1, 0.5, 1, 2}
-    for unlabelled in (True, False):
-        fractions = {cell.fraction for cell in CELLS.values() if cell.unlabelled == unlabelled}
-        assert fractions == {0.05, 0.1, 0.25, 0.5, 1}
-    assert {cell.flipped for cell in CELLS.values()} == {0, 0.1, 0.2, 0.3}
-    assert settings("weighting") == WEIGHTINGS.keys() - {"reward"}
-    assert SIZES["full"]["long"]["steps"] == 10 * DEFAULTS["steps"]
+    base, alone, scored, all_three = (CELLS[row.cell] for row in questions()["ablation"].rows)
+    assert base.kind == "base" and not alone.unlabelled and scored.unlabelled and all_three == Cell()
+    assert alone.settings == scored.settings == {"beta": 0} and DEFAULTS["beta"] > 0
+    noisy, clean = ({cell.settings["beta"] for cell in CELLS.values() if cell.clean == one and "beta" in cell.settings}
+                    for one in (False, True))  # fmt: skip
+    assert clean == noisy - {0} | {DEFAULTS["beta"]}
+    for row in questions()["knob"].rows:  # rows of one lambda / T beside rows of others
+        both = DEFAULTS | CELLS[row.cell].settings
+        assert row.x == both["lambda"] / both["temperature"]
+    assert settings("weighting") == WEIGHTINGS.keys() - {"reward"} and settings("image_sampling") == {"uniform"}
+    assert {cell.fraction for cell in CELLS.values()} == {0.1, 0.25, 0.5, 1}
+    assert (SIZES["full"]["cell"]["test_images"], len(SEEDS), SET, POOL) == (640, 6, 4, 16)
+    sources = {finding.source for finding in findings(["seen"])}
+    assert sources == {"Fig. 3a", "Fig. 3b", "Fig. 4", "Table 3", "Fig. 6"}
 
 
-def test_parts_of_the_labels_are_nested_and_labellers_err_as_often_as_told():
-    truth = {i: float(i % 3 == 0) for i in range(20_000)}
-    parts = [labels_of(Cell(fraction=part), truth, seed=1) for part in (0.05, 0.25, 1)]
-    assert [len(part) for part in parts] == [1000, 5000, 20_000]
+def test_the_cost_of_a_cell_by_hand():
+    full = SIZES["full"]["cell"]
+    trained, tested = full["steps"] * full["batch_size"] * 3, full["test_images"] * DEFAULTS["sampling_steps"] * 2
+    assert cell_calls("default", "full") == trained + tested and cell_calls("base", "full") == tested
+    assert cell_calls("steps-4", "full") == 4 * trained + tested
+    assert cell_calls("lambda-2-temperature-2", "full") == 0
+    assert cell_calls("sets", "full") == 96 * 4 * DEFAULTS["sampling_steps"] * 2
+    assert all(cell_calls(row.cell, "full") == cell_calls("default", "full")
+               for row in questions()["weights"].rows if row.cell != "base")  # equal compute  # fmt: skip
+    assert job_calls("full") > cell_calls("default", "full") and "million passes" in planned(SEEDS, "full")
+
+
+def test_parts_of_the_labels_are_nested_and_of_each_prompt_and_labellers_err_as_often_as_told():
+    truth, prompts = {i: float(i % 3 == 0) for i in range(20_000)}, [f"prompt {i % 1000}" for i in range(20_000)]
+    parts = [labels_of(Cell(fraction=part), truth, prompts, seed=1) for part in (0.1, 0.5, 1)]
+    assert [len(part) for part in parts] == [2000, 10_000, 20_000]
     assert parts[0].items() <= parts[1].items() <= parts[2].items() and parts[2] == truth
+    of_prompts = Counter(prompts[i] for i in parts[1])
+    assert len(of_prompts) == 1000 and set(of_prompts.values()) <= {9, 10, 11}  # half of the images a prompt
     wrong = []
     for cell in (Cell(flipped=0.2), Cell(flipped=0.3), Cell(flipped=0.3, labellers=3)):
-        labels = labels_of(cell, truth, seed=1)
+        labels = labels_of(cell, truth, prompts, seed=1)
         wrong.append({i for i in truth if labels[i] != truth[i]})
     assert wrong[0] < wrong[1]
     expected = (0.2, 0.3, 0.3**2 * (3 - 2 * 0.3))  # of three, two or all err
@@ -86,7 +120,7 @@ def labelled(texts: list[str], split: Split, labels: list[float], clip: CLIP) ->
     images = embed_images(clip, drawings(texts, seed=0))
     tokens = {i: (i,) for i in range(len(texts))}
     data = Labelled(images, embed_texts(clip, table), columns, dict(enumerate(labels)), split, tokens)
-    return SimpleNamespace(data=data, prompts=texts, clip=clip)
+    return SimpleNamespace(data=data, prompts=texts, clip=clip, seed=0)
 
 
 def test_a_cells_reward_contrasts_with_the_prompts_of_its_own_labels_alone(tmp_path):
@@ -95,7 +129,7 @@ def test_a_cells_reward_contrasts_with_the_prompts_of_its_own_labels_alone(tmp_p
     split = Split(list(range(10, 60)), list(range(5, 10)), list(range(5)))
     here = labelled(texts, split, [float(i % 2) for i in range(60)], CLIP.from_pretrained())
     here.folder = tmp_path
-    data = relabelled(Cell(fraction=0.5, flipped=0.3), here, seed=0)
+    data = relabelled(Cell(fraction=0.5, flipped=0.3), here)
     assert len(data.split.learn) == 25
     assert (data.split.known, data.split.new) == (split.known, split.new)
     assert all(data.labels[i] == here.data.labels[i] for i in (*split.known, *split.new))
@@ -107,46 +141,47 @@ def test_a_cells_reward_contrasts_with_the_prompts_of_its_own_labels_alone(tmp_p
     assert 0 < len(changed) < 15
 
 
-def test_a_cell_is_measured_by_what_scores_in_it():
-    """On held-out labels of known prompts, and on labels of unseen ones."""
-    here: Any = SimpleNamespace()
+def test_a_reward_is_measured_by_what_scores_in_a_cell_on_pairs_of_each_group(tmp_path):
+    clip = CLIP.from_pretrained()
+    texts = ["a red circle"] * 3 + ["two stars"] * 3
+    items = [Item(text, i, ("color", "seen") if i < 3 else ("count", "new objects")) for i, text in enumerate(texts)]
+    verdicts = ["good", "bad", "skip", "good", "bad", "bad"]
+    pool = Judged("", "", tmp_path, [], torch.arange(6.0)[:, None], {}, list(verdicts), None)
+    here: Any = SimpleNamespace(folder=tmp_path, clip=clip, pool_items=items, pool=pool)
+    found = measured(lambda image, text: torch.tensor([0.9, 0.8, 0.0, 0.4, 0.4, 0.6])[image[:, 0].long()], here)
+    assert found["pairs, seen"] == 1 and found["pairs, new objects"] == 0.25  # a tie and a mistake
+    assert found["ece, seen"] == pytest.approx((0.1 + 0.8) / 2)
+    assert set(found) == {f"{one}, {group}" for one in ("pairs", "auc", "ece") for group in ("seen", "new objects")}
+
+
+def test_the_clip_score_is_fitted_to_the_labels():
     image, text = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.2, 1]]), torch.tensor([[1.0, 0]] * 4)
-    split = Split([0, 2], [1, 3], [])
-    here.data = Labelled(image, text, torch.arange(4)[:, None], {0: 1.0, 1: 1.0, 2: 0.0, 3: 0.0}, split, {})
-    here.text = text
-    here.unseen = torch.tensor([[1.0, 0], [0, 1], [1, 1]]), torch.tensor([[1.0, 0]] * 3), torch.tensor([1.0, 0, 0])
-    raw, fitted = CELLS["clip-raw"].score, CELLS["clip-fitted"].score
-    assert raw and fitted
-    by_clip = measured(lambda image, text: raw(here.data, image, text), here)
-    assert by_clip["held_out"]["accuracy"] == 1 and by_clip["held_out"]["auc"] == 1
-    assert by_clip["unseen"]["accuracy"] == pytest.approx(2 / 3)  # cosines 1, 0, 0.71
-    wrong = measured(lambda image, text: torch.tensor([0.1, 0.2, 0.3])[: len(image)], here)
-    assert wrong["unseen"]["auc"] == 0 and wrong["held_out"]["auc"] == 0
-    middle = fitted(here.data, torch.tensor([[1, 3**0.5]]), text[:1])  # of the cosines of labels that are not held out
-    assert middle == pytest.approx(0.5, abs=1e-3) and fitted(here.data, image[3:], text[:1]) < 0.1
+    data = Labelled(image, text, torch.arange(4)[:, None], {0: 1.0, 1: 1.0, 2: 0.0, 3: 0.0}, Split([0, 2], [], []), {})
+    middle = clip_score(data, torch.tensor([[1, 3**0.5]]), text[:1])  # of the cosines of labels that are not held out
+    assert middle == pytest.approx(0.5, abs=1e-3) and clip_score(data, image[3:], text[:1]) < 0.1
 
 
-def test_fidelity_is_the_distance_to_what_images_show_and_not_to_what_was_asked(tmp_path):
-    """Of as many images whatever can be read; those that cannot count as not readable, and in the other distance."""
+def test_a_point_is_of_all_images_by_group_and_its_fidelity_of_as_many_whatever_can_be_read(tmp_path, monkeypatch):
     clip, asked = CLIP.from_pretrained(), ["a red circle", "two stars"] * 8
     made = drawings([*prompts(0)[0][:13], *asked[13:]], seed=1)
     pictures = [Image.new("RGB", (64, 64), "white") if i in (2, 7) else image for i, image in enumerate(made)]
     paths = [tmp_path / f"{i}.png" for i in range(16)]
     for path, picture in zip(paths, pictures):
         picture.save(path)
-    items = [Item(text, i, ("seen",) if i % 2 else ("new combinations",)) for i, text in enumerate(asked)]
+    items = [Item(text, i, ("color", "seen") if i % 2 else ("new objects",)) for i, text in enumerate(asked)]
     verdicts = ["skip" if i in (2, 7) else "good" if i > 12 else "bad" for i in range(16)]
-    features, reference = embed_images(clip, pictures), embed_images(clip, drawings(asked, seed=0))
-    side = Judged("", "", tmp_path, paths, features, {"reward": [0.25] * 16}, list(verdicts), None)
-    here: Any = SimpleNamespace(settings={"seed": 0}, items=items, clip=clip, asked=reference, distances=14)
-    found = point(here, side, range(16))
-    assert found["readable"] == 14 / 16 and found["aligned"] == 3 / 16 and found["unseen"] == 1 / 8
-    assert found["asked"] == frechet_distance(features, reference) and found["asked_images"] == 16
-    assert found["fidelity_images"] == 14 and 0 < found["fidelity"] < 0.5 * found["asked"]
-    assert found["mean_reward"] == 0.25 and found["gap"] == 0.25 - 3 / 16
-    assert METRICS.keys() >= found.keys() - {"fidelity_images", "asked_images"}
-    some = point(SimpleNamespace(**(vars(here) | {"distances": 15})), side, range(16))
-    assert some["fidelity"] is None and some["cmmd"] is None and some["asked"] == found["asked"]
+    features = embed_images(clip, pictures)
+    side = Judged("", "", tmp_path, paths, features, {"reward": [0.25] * 8 + [0.75] * 8}, list(verdicts), None)
+    here: Any = SimpleNamespace(seed=0, size="tiny", items=items, clip=clip)
+    monkeypatch.setitem(SIZES, "tiny", {"distances": 14})
+    found = point(here, side)
+    assert found["readable"] == 14 / 16 and found["aligned"] == 3 / 16 and found["reward"] == 0.5
+    assert found["aligned, new objects"] == 1 / 8 and found["aligned, seen"] == 2 / 8 and "aligned, color" not in found
+    assert found["fidelity images"] == 14
+    assert 0 < found["fidelity"] < 0.5 * frechet_distance(features, embed_images(clip, drawings(asked, seed=0)))
+    assert METRICS.keys() >= {metric.partition(",")[0] for metric in found} - {"fidelity images"}
+    monkeypatch.setitem(SIZES, "tiny", {"distances": 15})
+    assert point(here, side)["fidelity"] is None
 
 
 def test_a_study_of_other_settings_is_not_continued(tmp_path, monkeypatch):
@@ -180,58 +215,48 @@ def test_mistakes_are_told_before_anything_is_begun(arguments, complaint, tmp_pa
 
 @pytest.mark.slow
 def test_the_command_quick(tmp_path):
-    """All of the study in small: ended amid its long cells, gone on with, and begun a third time with all done."""
+    """All of the study in small: ended amid its cells, gone on with, and begun a third time with all done."""
     pytest.importorskip("matplotlib")
     out = tmp_path / "study"
-    command = [sys.executable, "-m", "minialign.study", "--quick", "--out", str(out)]
+    command = [sys.executable, "-m", "minialign.study", "--quick", "--seeds", "21", "22", "23", "--out", str(out)]
 
     def finished():
         return {path: path.stat().st_mtime_ns for path in out.glob("*/seed-*/result.json")}
 
-    def looked():
-        return [path for path in out.glob("long/*/points.json") if len(json.loads(path.read_text())) > 2]
-
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True) as process:
         os.set_blocking(process.stdout.fileno(), False)
-        until = time.time() + 600
-        while not looked() and process.poll() is None and time.time() < until:
+        until = time.time() + 900
+        while len(finished()) < 3 and process.poll() is None and time.time() < until:
             process.stdout.read()  # or the pipe is full
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 143
-    early, resumed = finished(), looked()[0].parent
-    assert resumed / "result.json" not in early
+    early = finished()
+    assert len(early) >= 3
 
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+    assert "planned for all cells" in done.stdout and "hours at the main job's speed" in done.stdout
     late = finished()
     assert len(late) == len(CELLS) * 3 and early.items() <= late.items()
     page = (out / "docs" / "results.md").read_text()
-    for name in questions("quick"):
-        assert f"study-{name}.png" in page and (out / "docs" / f"study-{name}.png").stat().st_size > 10_000
-    assert len(list((out / "docs").glob("*.png"))) == page.count("](study-") == len(questions("quick")) + 2
+    names = ["categories", "sets", *questions()]
+    for name in names:
+        assert f"](study-{name}.png)" in page and (out / "docs" / f"study-{name}.png").stat().st_size > 10_000
+    assert len(list((out / "docs").glob("*.png"))) == page.count("](study-") == len(names)
+    assert page.count("| reproduces |") + page.count("| does not |") + page.count("| cannot be told |") >= 17
 
     found = dict.fromkeys(CELLS, "")
-    for seed in SEEDS:
+    for seed in (21, 22, 23):
         result = {name: json.loads((out / name / f"seed-{seed}" / "result.json").read_text()) for name in CELLS}
-        base, best = result["base"]["points"][""], result["best-of"]["points"]
-        rewards = [base["mean_reward"], *(best[n]["mean_reward"] for n in ("2", "4"))]
-        assert rewards == sorted(rewards)  # the reward chooses
-        start = result["long"]["points"]["0"]
-        assert start["aligned"] == base["aligned"] and start["fidelity"] == pytest.approx(base["fidelity"], rel=1e-3)
         for name, one in result.items():
-            found[name] += json.dumps([one["points"], one.get("held_out")])
+            found[name] += json.dumps({key: value for key, value in one.items() if key not in ("seconds", "calls")})
+        outcome = [
+            result["sets"][f"tuned against random; alignment; {SIMULATED}; {end}"] for end in ("won", "tied", "lost")
+        ]
+        assert sum(outcome) == pytest.approx(1)
     assert len(set(found.values())) == len(CELLS)  # no choice is ignored
-    seed = int(resumed.name.removeprefix("seed-"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    whole = fill("long", world(out, seed, "quick"), tmp_path / "long" / resumed.name, "quick")
-    torch.set_num_threads(threads)
-    stopped = json.loads((resumed / "result.json").read_text())
-    for step, numbers in whole["points"].items():
-        known = {key: value for key, value in numbers.items() if value is not None}  # diversity needs pairs
-        assert {key: stopped["points"][step][key] for key in known} == pytest.approx(known, rel=1e-3)
     left = [path.name for path in (out / "plain" / "seed-21").iterdir()]
     assert sorted(left) == [".lock", "result.json"]  # what is large is gone
 

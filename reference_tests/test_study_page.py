@@ -1,8 +1,10 @@
-"""The study's page: its tables, its figures of made-up numbers, and the words that stay beside them."""
+"""The study's page: its tables and verdicts, its figures of made-up numbers, and the words that stay beside them."""
 
 from __future__ import annotations
 
+import json
 import math
+import random
 from pathlib import Path
 
 import pytest
@@ -11,31 +13,88 @@ from made_up import results
 from PIL import Image
 
 from minialign.files import InputError
-from minialign.measures import contrasts
-from minialign.pages import study_page
-from minialign.pages.study_page import Question, Row, categories_block, formatted, own_intervals, table, with_blocks
+from minialign.measures import Contrast, contrasts, holm
+from minialign.pages.study_page import (
+    Finding,
+    Question,
+    Row,
+    categories_block,
+    findings_block,
+    formatted,
+    judged_findings,
+    own_intervals,
+    table,
+    title,
+    verdict,
+    with_blocks,
+)
+from minialign.study.cells import CELLS
+from minialign.study.questions import MATCHES, RATED, page, questions
 
 SEEDS = (0, 1, 2)
 
 
-def test_the_table_gives_means_and_intervals_of_differences():
-    rows = [Row("no fine-tuning", "base", apart=True), Row("a", "default"), Row("b", "plain")]
-    question = Question("title", rows, 1, ("aligned",), metrics=("aligned", "diversity"))
-    numbers = {"base": (0.40, 0.44, 0.43), "default": (0.70, 0.74, 0.72), "plain": (0.71, 0.74, 0.73)}
+def test_the_table_gives_means_and_intervals_of_differences_corrected_for_their_number():
+    rows = [Row("no fine-tuning", "base", apart=True), Row("a", "default"), Row("b", "plain"), Row("c", "scored")]
+    question = Question("title", rows, 1, ("aligned", "fidelity", "diversity"), ())
+    numbers = {
+        "base": (0.40, 0.44, 0.43), "default": (0.70, 0.74, 0.72), "plain": (0.71, 0.74, 0.73),
+        "scored": (0.68, 0.73, 0.70),
+    }  # fmt: skip
     found = {
-        (cell, seed): {"points": {"": {"aligned": value[seed], "diversity": None if seed and cell == "base" else 0.25}}}
+        (cell, seed): {
+            "aligned": value[seed], "fidelity": 10 * value[seed], "fidelity images": 512,
+            "diversity": None if seed and cell == "base" else 0.25,
+        }
         for cell, value in numbers.items()
-        for seed in (0, 1, 2)
-    }
-    lines = table(question, rows, question.metrics, found, (0, 1, 2)).split("\n")
-    assert lines[0] == "|  | aligned ↑ | diversity ↑ |"
-    assert lines[3] == "| a | 72.0 % | 0.250 |"
-    expected = contrasts(torch.tensor([numbers[row.cell] for row in rows]).double(), 1, [0])
-    (_, low, high, _), (_, down, up, _) = expected[0], expected[2]
-    assert high < 0 and down < 0 < up  # one is carried, the other is not
-    assert lines[2] == f"| no fine-tuning | 42.3 % (**{100 * low:+.1f} to {100 * high:+.1f}**) | – |"
-    assert lines[4] == f"| b | 72.7 % ({100 * down:+.1f} to {100 * up:+.1f}) | 0.250 |"
-    assert formatted(0.1234, "aligned", signed=True) == "+12.3" and formatted(0.5, "held_out auc") == "0.500"
+        for seed in SEEDS
+    }  # fmt: skip
+    lines = table(question, found, SEEDS).split("\n")
+    assert lines[0] == "|  | aligned ↑ | Fréchet distance ↓ (512 images) | diversity ↑ |"
+    assert lines[3] == "| a | 72.0 % | 7.20 | 0.250 |"
+    ours = contrasts(torch.tensor([numbers[row.cell] for row in rows]).double(), 1, [0])
+    corrected = holm([ours[i].p for i in (0, 2, 3)] * 2)
+    assert ours[3].p < 0.05 <= corrected[2] and corrected[0] < 0.05  # one alone is carried by all six
+    for i, name, mean in ((0, "no fine-tuning", 42.3), (2, "b", 72.7), (3, "c", 70.3)):
+        span = f"{100 * ours[i].low:+.1f} to {100 * ours[i].high:+.1f}"
+        assert lines[2 + i].startswith(f"| {name} | {mean} % ({f'**{span}**' if i == 0 else span}) | "), lines[2 + i]
+    assert lines[2].endswith("| – |") and lines[4].endswith(" 0.250 |")
+    half = 100 * (ours[2].high - ours[2].low) / 2
+    assert (
+        lines[-1].startswith("Corrected for 6 comparisons (Holm). Half-width")
+        and f"alignment: {half:.1f} points" in lines[-1]
+    )
+    assert formatted(0.1234, "aligned, seen", signed=True) == "+12.3" and formatted(0.5, "auc, seen") == "0.500"
+    assert title("aligned, new objects") == "aligned, new objects ↑" and title("calls") == "UNet passes"
+    assert formatted(15360.0, "calls") == "15,360"
+
+
+def test_the_verdict_is_by_the_rule():
+    up, down, same = (Finding("Fig. 1", "claim", ("a", "aligned"), ("b", "aligned"), sign) for sign in (1, -1, 0))
+    clear, unclear = Contrast(0.1, 0.05, 0.15, 0.001), Contrast(0.02, -0.03, 0.07, 0.3)
+    assert (verdict(up, clear, 0.01), verdict(down, clear, 0.01)) == ("reproduces", "does not")
+    assert verdict(up, clear, 0.06) == verdict(down, unclear, 0.3) == "cannot be told"  # corrected, it is not clear
+    assert verdict(same, Contrast(0.01, -0.02, 0.04, 0.3), 1) == "reproduces"  # within five points
+    assert verdict(same, Contrast(0.1, 0.06, 0.14, 0.01), 1) == "does not"
+    assert verdict(same, unclear, 1) == verdict(same, Contrast(0.04, 0.02, 0.06, 0.01), 1) == "cannot be told"
+    assert verdict(up, Contrast(math.nan, math.nan, math.nan, 1), 1) == "cannot be told"
+
+
+def test_findings_are_differences_within_seeds():
+    numbers = {"a": (0.5, 0.7, 0.6), "b": (0.4, 0.62, 0.49), "c": (0.41, 0.60, 0.50)}
+    found = {(name, seed): {"aligned": value[seed]} for name, value in numbers.items() for seed in SEEDS}
+    asked = [Finding("Fig. 1", "up", ("a", "aligned"), ("b", "aligned"), 1),
+             Finding("Fig. 2", "down", ("a", "aligned"), ("c", "aligned"), -1),
+             Finding("Fig. 3", "same", ("c", "aligned"), ("b", "aligned"), 0)]  # fmt: skip
+    judged = judged_findings(asked, found, SEEDS)
+    for (finding, one, _), (cell, other) in zip(judged, (("a", "b"), ("a", "c"), ("c", "b"))):
+        expected = contrasts(torch.tensor([numbers[other], numbers[cell]]).double(), 0)[1]  # the paired t test
+        assert one == pytest.approx(expected), finding
+    assert [said for *_, said in judged] == ["reproduces", "does not", "reproduces"]
+    text = findings_block(asked, found, SEEDS)
+    first = judged[0][1]
+    assert f"| Fig. 1 | up | +9.7 points ({100 * first.low:+.1f} to {100 * first.high:+.1f}) | reproduces |" in text
+    assert text.endswith("Corrected for 2 comparisons (Holm).")
 
 
 def test_the_words_beside_the_tables_stay(tmp_path):
@@ -57,16 +116,12 @@ def test_the_main_jobs_stand_in_one_table():
         job["settings"]["seed"] = k
         job["evaluation"]["judged"]["simulated annotator"]["fine-tuned"]["overall"]["value"] = 0.70 + 0.03 * k
     jobs[0]["evaluation"]["readable"]["base"] = None
-    jobs[1]["evaluation"]["judged"]["simulated annotator"]["fine-tuned"]["seen"]["gain_ci95"] = None
     text = categories_block(jobs)
     (_, low, high, _) = contrasts(torch.tensor([[0.481] * 3, [0.70, 0.73, 0.76]]).double(), 0)[1]
     assert f"| aligned, overall | 48.1 % | 73.0 % | +24.9 ({100 * low:+.1f} to {100 * high:+.1f}) |" in text
     assert "| aligned, new objects | 35.2 % | 61.1 % | +25.9 (+25.9 to +25.9) |" in text
     assert "| Fréchet distance ↓ | 3.41 | 4.09 | +0.68 (+0.68 to +0.68) |" in text
-    assert "| mean reward ↑ | 0.412 | 0.683 |" in text and "readable" not in text
-    one = "| 2 | 48.1 % → 76.0 %: +28.1 (+23.1 to +33.1) | 49.6 % → 78.7 %: +29.1 (+24.1 to +34.1) | "
-    assert one in text and "| 0.918 | 0.884 | 0.822 |" in text
-    assert "78.7 %: +29.1 (– to –)" in text
+    assert "| reward ↑ | 0.412 | 0.683 |" in text and "readable" not in text
 
 
 def test_own_intervals_are_students_and_stay_within_reach():
@@ -81,29 +136,49 @@ def test_own_intervals_are_students_and_stay_within_reach():
     assert own_intervals(values, "aligned", [2])[2][1] == 1  # no fraction is above it
 
 
-def test_figures_are_as_wide_as_a_readme_at_twice_the_resolution(tmp_path: Path):
-    pytest.importorskip("matplotlib")
-    metrics = [metric for metric in study_page.METRICS if metric not in study_page.OF_REWARD]
-    cells = {name: 0.3 + 0.05 * i for i, name in enumerate(("base", "a", "b", "c"))}
-    found = {
-        (name, seed): {
-            "points": {"": {metric: value + 0.02 * seed for metric in metrics}},
-            "held_out": {"auc": value},
-        }
-        for name, value in cells.items()
-        for seed in SEEDS
-    }
-    found["base", 1]["points"][""]["diversity"] = None
-    base, *others = [
-        Row(name, name, x=None if name == "base" else i, apart=name == "base") for i, name in enumerate(cells)
+def made_up_study(folder: Path, groups: list[str]) -> None:
+    """What a study leaves, with made-up numbers."""
+    rng = random.Random(0)
+    whole = ("aligned", "readable", "fidelity", "diversity", "reward")
+    of_groups = [f"{one}, {group}" for one in ("aligned", "reward", "pairs", "auc", "ece") for group in groups]
+    sets = [
+        f"{match.key}; {what}; {rater}" for match in MATCHES for what in ("alignment", "fidelity") for rater in RATED
     ]
-    rows = [base, *others]
-    over = Question("", rows, 1, ("aligned", "fidelity", "held_out auc"), axis="labels, %")
-    by_row = Question("", rows, 1, ("aligned", "diversity", "held_out auc"))
-    study_page.plot(tmp_path / "over.png", over, found, SEEDS)
-    study_page.plot(tmp_path / "rows.png", by_row, found, SEEDS)
-    study_page.plot_trade_off(tmp_path / "trade.png", Question("", rows, 1, ("fidelity", "diversity")), found, SEEDS)
-    study_page.plot_categories(tmp_path / "categories.png", [results() for _ in SEEDS])
-    for name in ("over", "rows", "trade", "categories"):
-        with Image.open(tmp_path / f"{name}.png") as image:
+    for name in CELLS:
+        middle = {metric: 0.3 + 0.4 * rng.random() for metric in (*whole, *of_groups)}
+        for seed in SEEDS:
+            found = {metric: value + rng.gauss(0, 0.02) for metric, value in middle.items()}
+            found |= {"fidelity images": 512, "calls": 15360, "seconds": 60.0}
+            if name == "sets":
+                found = {"set prompts": 96, "seconds": 60.0}
+                for one in sets:
+                    found |= {
+                        f"{one}; won": 0.4 + 0.1 * rng.random(),
+                        f"{one}; tied": 0.3,
+                        f"{one}; lost": 0.2,
+                        f"{one}; n": 96,
+                    }
+            if name == "lambda-2-temperature-2":
+                found = {metric: value for metric, value in found.items() if metric[:3] in ("pai", "auc", "ece", "sec")}
+            path = folder / name / f"seed-{seed}" / "result.json"
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(found))
+    for seed in SEEDS:
+        (folder / f"seed-{seed}").mkdir()
+        (folder / f"seed-{seed}" / "results.json").write_text(json.dumps(results()))
+    (folder / "config.json").write_text(json.dumps({"versions": {"torch": "2.99.1"}, "threads": 2}))
+
+
+def test_the_page_has_every_question_and_figures_as_wide_as_a_readme_at_twice_the_resolution(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    made_up_study(tmp_path / "study", ["seen", "new combinations", "new objects"])
+    page(tmp_path / "study", tmp_path / "results.md", SEEDS, "full")
+    text = (tmp_path / "results.md").read_text()
+    for name in ("categories", "sets", *questions()):
+        with Image.open(tmp_path / f"study-{name}.png") as image:
             assert image.width == 1600, name
+        assert f"](study-{name}.png)" in text and f"<!-- end of {name} -->" in text
+    assert text.index("<!-- measured: findings -->") < text.index("<!-- measured: setting -->")  # at the top
+    assert "half of the images a prompt are worse; prompts: new objects" in text
+    assert "| fine-tuned against the base model | fidelity | the annotator alone | " in text
+    assert "aligned, new combinations ↑" in text and "(goal: 4)" in text and "million passes of the UNet" in text

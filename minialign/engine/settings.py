@@ -181,7 +181,8 @@ SETTINGS = tuple(
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 RECIPES: dict[str, dict[str, Any]] = {
     # Lee et al. 2023, sections 3.2, 4.1 and appendix D. Beta and the learning rate are not given there: 1 and 1e-5 are
-    # ours; gradient clipping, prompt dropout and the sampler stay ours too.
+    # ours, as are prompt dropout, the sampler and the precision. Clipping the gradient at norm 1 is the default of the
+    # script that the paper builds on.
     "paper": {
         "steps": 10_000,
         "beta": 1.0,

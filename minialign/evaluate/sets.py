@@ -7,6 +7,7 @@ more good images is better. Fidelity: the one with more clean images (`clean`) i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,13 +52,13 @@ def told(found: Tensor) -> dict[str, Any]:
     return {name: float((found == value).double().mean()) for name, value in OUTCOMES.items()} | {"n": len(found)}
 
 
-def clean(side: Judged, clip: CLIP, seed: int) -> list[float]:
+def clean(paths: Sequence[Path], features: Tensor, clip: CLIP, seed: int) -> list[float]:
     """1 for an image that looks like a fresh drawing of what it shows, 0 for another and for one that is unreadable.
 
-    It looks like one where its CLIP feature is as near to those of fresh drawings of what it shows as 19 of 20 of these
-    drawings are to one another.
+    It looks like one where its row of the CLIP features (N,E) is as near to those of fresh drawings of what it shows as
+    19 of 20 of these drawings are to one another.
     """
-    pictures = [open_image(path) for path in side.paths]
+    pictures = [open_image(path) for path in paths]
     again = [shown(pictures, 1000 * seed + k) for k in range(DRAWN)]
     readable = [i for i, image in enumerate(again[0]) if image is not None]
     if not readable:
@@ -66,7 +67,7 @@ def clean(side: Judged, clip: CLIP, seed: int) -> list[float]:
     unit = torch.nn.functional.normalize(drawn, dim=-1)
     others = unit.sum(0) - unit  # (K,R,E): of each drawing the others
     least = torch.cosine_similarity(unit, others, dim=-1).flatten().quantile(1 - NEAREST)
-    near = torch.cosine_similarity(side.features[readable].to(unit.device), others[0], dim=-1) >= least
+    near = torch.cosine_similarity(features[readable].to(unit.device), others[0], dim=-1) >= least
     found = [0.0] * len(pictures)
     for i, one in zip(readable, near.tolist()):
         found[i] = float(one)
@@ -89,7 +90,7 @@ def compared_sets(
     values: dict[tuple[str, str], Sequence[Sequence[float | None] | None]]
     values = {("alignment", name): [side.values.get(name) for side in sides] for name in (SIMULATED, PEOPLE)}
     if all(SIMULATED in side.values for side in sides):
-        values["fidelity", SIMULATED] = [clean(side, clip, seed) for side in sides]
+        values["fidelity", SIMULATED] = [clean(side.paths, side.features, clip, seed) for side in sides]
     groups = ["overall", *dict.fromkeys(name for item in items for name in item.groups)]
     found: dict[str, Any] = {}
     for (kind, rater), (base, *others) in values.items():

@@ -5,46 +5,75 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..files import InputError, atomic
-from ..measures import contrasts, student_t
+from ..measures import Contrast, contrasts, holm, student_p, student_t
 from .cards import in_order
-from .figures import COLORS, GREY, in_percent, panels, save
+from .figures import COLORS, GREY, in_percent, name_ends, panels, save
+
+GOAL = 0.04  # the largest half-width that intervals of differences in alignment should have
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: a cell, or one of its points; x and series are its place in a figure over an axis."""
+    """A row of a table: a cell; x and series are its place in a figure over an axis."""
 
     label: str
     cell: str
-    point: str = ""
     x: float | None = None
     series: str = ""
-    apart: bool = (
-        False  # nothing was fine-tuned, or harm was done: its variance over seeds is another than the other rows'
-    )
+    apart: bool = False  # nothing was fine-tuned: its variance over seeds is another than the other rows'
 
 
 @dataclass(frozen=True)
 class Question:
-    """Cells that are compared: a table and a figure."""
+    """Cells that are compared: a table and a figure. A metric "aligned, *" is one of each group of prompts."""
 
     title: str
     rows: Sequence[Row]
     reference: int  # the row that the others are compared with
+    metrics: Sequence[str]
     panels: Sequence[str]  # metrics of the figure
     axis: str = ""  # what x is; without it the figure has a line for each row
-    rewards: bool = False  # whether the reward models are compared, too
-    metrics: Sequence[str] = ("aligned", "unseen", "readable", "fidelity", "cmmd", "asked", "diversity", "mean_reward")
+
+    def expanded(self, groups: Sequence[str]) -> Question:
+        """The same question with a metric for each group in place of those of all."""
+        metrics, shown = (
+            [metric.replace("*", group) for metric in some for group in (groups if "*" in metric else [""])]
+            for some in (self.metrics, self.panels)
+        )
+        return replace(self, metrics=metrics, panels=shown)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the paper found: `one` less `other`, each a cell and its metric, is above 0 (expected 1) or below it (-1).
+
+    With `expected` 0 the paper found no difference: none of more than `margin` counts as the same.
+    """
+
+    source: str
+    claim: str
+    one: tuple[str, str]
+    other: tuple[str, str]
+    expected: int
+    margin: float = 0.05
+
+
+class Match(NamedTuple):
+    """Two kinds of sets that are compared: in words, as results have it, and what the paper found of each."""
+
+    title: str
+    key: str
+    alignment: str
+    fidelity: str
 
 
 class Metric(NamedTuple):
@@ -55,93 +84,168 @@ class Metric(NamedTuple):
     reach: tuple[float, float] = (0, 1)
 
 
-METRICS = {
+METRICS = {  # by what stands before the group of prompts
     "aligned": Metric("aligned ↑", 0),
-    "unseen": Metric("unseen prompts ↑", 0),
     "readable": Metric("readable ↑", 0),
     "fidelity": Metric("Fréchet distance ↓", 2, (0, math.inf)),
-    "cmmd": Metric("CMMD ↓", 2, (-math.inf, math.inf)),
-    "asked": Metric("distance to what was asked ↓", 2, (0, math.inf)),
     "diversity": Metric("diversity ↑", 3, (0, 2)),
-    "mean_reward": Metric("mean reward ↑", 3),
-    "gap": Metric("reward − aligned", 3, (-1, 1)),
-    "held_out accuracy": Metric("accuracy ↑", 0),
-    "held_out auc": Metric("AUC ↑", 3),
-    "held_out ece": Metric("calibration error ↓", 3),
-    "unseen accuracy": Metric("accuracy, unseen prompts ↑", 0),
-    "unseen auc": Metric("AUC, unseen prompts ↑", 3),
-    "unseen ece": Metric("calibration error, unseen prompts ↓", 3),
+    "reward": Metric("reward ↑", 3),
+    "pairs": Metric("pairs ↑", 0),
+    "auc": Metric("AUC ↑", 3),
+    "ece": Metric("calibration error ↓", 3),
+    "calls": Metric("UNet passes", -1, (0, math.inf)),
 }
-OF_REWARD = [metric for metric in METRICS if " " in metric]  # of the reward model; the others are of images
-OF_IMAGES = {"readable": "readable", "fidelity": "frechet", "cmmd": "cmmd", "diversity": "diversity"}  # in results.json
-Results = dict[tuple[str, int], dict[str, Any]]  # by cell and seed
+OF_IMAGES = {"readable": "readable", "fidelity": "frechet", "diversity": "diversity"}  # in results.json
+Results = dict[tuple[str, int], dict[str, Any]]  # by cell and seed: numbers by metric
+
+
+def kind(metric: str) -> Metric:
+    """How a metric is shown; of a comparison of sets as a fraction."""
+    return METRICS.get(metric.partition(", ")[0], METRICS["pairs"])
+
+
+def title(metric: str) -> str:
+    """The head of a metric's column."""
+    group = metric.partition(", ")[2]
+    return kind(metric).title if not group else f"{kind(metric).title.rstrip('↑↓ ')}, {group} {kind(metric).title[-1]}"
 
 
 def values(results: Results, rows: Sequence[Row], metric: str, seeds: Sequence[int]) -> Tensor:
-    """A metric (R,S) of rows and seeds, float64."""
-
-    def value(row: Row, seed: int) -> float:
-        result = results[row.cell, seed]
-        kind, _, key = metric.partition(" ")
-        found = result[kind][key] if key else result["points"][row.point][metric]
-        return math.nan if found is None else found
-
-    return torch.tensor([[value(row, seed) for seed in seeds] for row in rows], dtype=torch.float64)
+    """A metric (R,S) of rows and seeds, float64; no number where a cell has none."""
+    found = [[results[row.cell, seed].get(metric) for seed in seeds] for row in rows]
+    numbers = [[math.nan if value is None else value for value in one] for one in found]
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
 def formatted(value: float, metric: str, signed: bool = False) -> str:
     """A metric's number as the page shows it; differences of fractions are in percentage points."""
-    digits = METRICS[metric].digits
+    digits = kind(metric).digits
     if math.isnan(value):
         return "–"
     if digits == 0:
         return f"{100 * value:+.1f}" if signed else f"{100 * value:.1f} %"
-    return f"{value:{'+' if signed else ''}.{digits}f}"
+    return f"{value:,.0f}" if digits < 0 else f"{value:{'+' if signed else ''}.{digits}f}"
 
 
-def spans(numbers: Tensor, rows: Sequence[Row], reference: int) -> list[tuple[float, float]]:
-    """The interval of each row's difference from the reference's; no number where one is missing."""
-    if numbers.isnan().any():
-        return [(math.nan, math.nan)] * len(rows)
-    apart = [i for i, row in enumerate(rows) if row.apart]
-    return [(low, high) for _, low, high, _ in contrasts(numbers, reference, apart)]
+def compared(numbers: Tensor, rows: Sequence[Row], reference: int) -> list[Contrast]:
+    """Each row's difference from the reference's; no number where one is missing or all are planned (UNet passes)."""
+    if numbers.isnan().any() or not (numbers != numbers[:, :1]).any():
+        return [Contrast(math.nan, math.nan, math.nan, 1.0)] * len(rows)
+    return contrasts(numbers, reference, [i for i, row in enumerate(rows) if row.apart])
 
 
-def table(question: Question, rows: Sequence[Row], metrics: Sequence[str], found: Results, seeds: Sequence[int]) -> str:
-    """Means over the seeds and, but for the reference, the intervals of their differences from it, in Markdown."""
-    reference = rows.index(question.rows[question.reference])
-    numbers = [values(found, rows, metric, seeds) for metric in metrics]
-    columns = [(metric, part, spans(part, rows, reference)) for metric, part in zip(metrics, numbers)]
-    lines = [
-        "|  | " + " | ".join(METRICS[metric].title for metric in metrics) + " |",
-        "| --- |" + " --- |" * len(metrics),
-    ]
+def table(question: Question, found: Results, seeds: Sequence[int]) -> str:
+    """Means over the seeds and, but for the reference, the intervals of their differences from it, in Markdown.
+
+    Bold are differences that are significant at 5 % when their p values are corrected for all of the table's.
+    """
+    rows, reference = question.rows, question.reference
+    numbers = [values(found, rows, metric, seeds) for metric in question.metrics]
+    differences = [compared(part, rows, reference) for part in numbers]
+    places = [(k, i) for k in range(len(numbers)) for i in range(len(rows)) if i != reference]
+    places = [(k, i) for k, i in places if not math.isnan(differences[k][i].low)]
+    bold = {place for place, p in zip(places, holm([differences[k][i].p for k, i in places])) if p < 0.05}
+    images = found[rows[reference].cell, seeds[0]].get("fidelity images")
+    heads = [f"{title(one)} ({images:,} images)" if one == "fidelity" else title(one) for one in question.metrics]
+    lines = ["|  | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
     for i, row in enumerate(rows):
         cells = []
-        for metric, part, intervals in columns:
-            low, high = intervals[i]
-            mean = formatted(float(part[i].mean()), metric)
-            span = f"{formatted(low, metric, True)} to {formatted(high, metric, True)}"
-            span = f"**{span}**" if low > 0 or high < 0 else span
-            cells.append(mean if i == reference or math.isnan(low) else f"{mean} ({span})")
+        for k, metric in enumerate(question.metrics):
+            mean = formatted(float(numbers[k][i].mean()), metric)
+            one = differences[k][i]
+            span = f"{formatted(one.low, metric, True)} to {formatted(one.high, metric, True)}"
+            span = f"**{span}**" if (k, i) in bold else span
+            cells.append(f"{mean} ({span})" if (k, i) in places else mean)
         lines.append(f"| {row.label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines) + f"\n\nCorrected for {len(places)} comparisons (Holm)." + width(question, differences)
 
 
-def of_rewards(question: Question) -> list[Row]:
-    """The rows that differ in the reward model."""
-    return [row for row in question.rows if not row.apart and not row.cell.endswith("-alone")]
+def width(question: Question, differences: Sequence[Sequence[Contrast]]) -> str:
+    """The half-width of the intervals of differences in alignment, which rows that are alike share, beside its goal."""
+    if "aligned" not in question.metrics:
+        return ""
+    of_rows = differences[list(question.metrics).index("aligned")]
+    one = next(one for i, one in enumerate(of_rows) if i != question.reference and not question.rows[i].apart)
+    half = 100 * (one.high - one.low) / 2
+    return f" Half-width of the intervals of differences in alignment: {half:.1f} points (goal: {100 * GOAL:.0f})."
 
 
 def block(name: str, question: Question, found: Results, seeds: Sequence[int]) -> str:
-    """The tables and the picture of a question, in Markdown."""
-    parts = [table(question, question.rows, question.metrics, found, seeds)]
-    if question.rewards:
-        parts = ["The reward model, on held-out images of known prompts and on images of unseen prompts:",
-                 table(question, of_rewards(question), OF_REWARD, found, seeds),
-                 "The model that is fine-tuned with it:", *parts]  # fmt: skip
-    parts.append(f"![{question.title}](study-{name}.png)")
-    return "\n\n".join(parts)
+    """The table and the picture of a question, in Markdown."""
+    return f"{table(question, found, seeds)}\n\n![{question.title}](study-{name}.png)"
+
+
+# ------------------------------------------------------------------------------------------------- the paper's findings
+def mean_of(numbers: Tensor) -> Contrast:
+    """A mean over seeds (S,), its 95 % interval and the p value of 0, by Student's t."""
+    mean, error = float(numbers.mean()), float(numbers.std()) / math.sqrt(len(numbers))
+    half, freedom = student_t(len(numbers) - 1) * error, len(numbers) - 1
+    return Contrast(mean, mean - half, mean + half, student_p(mean / error, freedom) if error else float(mean == 0))
+
+
+def verdict(finding: Finding, one: Contrast, p: float) -> str:
+    """The rule: "reproduces" or "does not" where the data tell it, else "cannot be told".
+
+    A difference reproduces where its corrected p value is below 5 % and its sign is the paper's, and does not where the
+    sign is the other one. No difference reproduces where the interval lies within the margin, and does not where it
+    lies outside of it.
+    """
+    if math.isnan(one.difference):
+        return "cannot be told"
+    if finding.expected:
+        if p >= 0.05:
+            return "cannot be told"
+        return "reproduces" if one.difference * finding.expected > 0 else "does not"
+    if -finding.margin < one.low and one.high < finding.margin:
+        return "reproduces"
+    return "does not" if one.low > finding.margin or one.high < -finding.margin else "cannot be told"
+
+
+def judged_findings(
+    findings: Sequence[Finding], found: Results, seeds: Sequence[int]
+) -> list[tuple[Finding, Contrast, str]]:
+    """Each finding with its difference here and the verdict; p values are corrected for all findings with a sign."""
+    sides = [
+        [values(found, [Row("", cell)], metric, seeds)[0] for cell, metric in (finding.one, finding.other)]
+        for finding in findings
+    ]
+    ours = [mean_of(one - other) for one, other in sides]
+    signed = [i for i, finding in enumerate(findings) if finding.expected and not math.isnan(ours[i].difference)]
+    corrected = dict(zip(signed, holm([ours[i].p for i in signed])))
+    return [
+        (finding, one, verdict(finding, one, corrected.get(i, 1.0)))
+        for i, (finding, one) in enumerate(zip(findings, ours))
+    ]
+
+
+def findings_block(findings: Sequence[Finding], found: Results, seeds: Sequence[int]) -> str:
+    """The paper's findings beside ours, and a verdict on each, in Markdown."""
+    lines = ["| the paper |  | here: difference | verdict |", "| --- | --- | --- | --- |"]
+    for finding, one, said in judged_findings(findings, found, seeds):
+        metric = finding.one[1]
+        mean, low, high = (formatted(x, metric, True) for x in one[:3])
+        unit = " points" if kind(metric).digits == 0 else ""
+        lines.append(f"| {finding.source} | {finding.claim} | {mean}{unit} ({low} to {high}) | {said} |")
+    signed = sum(finding.expected != 0 for finding in findings)
+    return "\n".join(lines) + f"\n\nCorrected for {signed} comparisons (Holm)."
+
+
+def sets_block(matches: Sequence[Match], raters: Mapping[str, str], found: Results, seeds: Sequence[int]) -> str:
+    """Won, tied and lost prompts of each match of sets, by kind and rater, in Markdown."""
+    prompts = found["sets", seeds[0]]["set prompts"]
+    lines = [f"| of {prompts} prompts a seed |  | rater | won | tied | lost | the paper: won to lost |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    for match in matches:
+        for what in ("alignment", "fidelity"):
+            for rater, words in raters.items():
+                means = [_mean_outcome(found, seeds, match, what, rater, end) for end in ("won", "tied", "lost")]
+                cells = " | ".join(f"{100 * mean:.1f} %" for mean in means)
+                lines.append(f"| {match.title} | {what} | {words} | {cells} | {getattr(match, what)} |")
+    return "\n".join([*lines, "", "![Sets of images](study-sets.png)"])
+
+
+def _mean_outcome(found: Results, seeds: Sequence[int], match: Match, what: str, rater: str, end: str) -> float:
+    return float(values(found, [Row("", "sets")], f"{match.key}; {what}; {rater}; {end}", seeds).mean())
 
 
 Judged = dict[str, dict[str, Any]]  # what a judge says of one model: group of prompts -> "value", "gain", ...
@@ -174,42 +278,15 @@ def categories_block(jobs: Sequence[dict[str, Any]]) -> str:
     for metric, key in OF_IMAGES.items():
         found = [list(job["evaluation"][key].values())[:2] for job in jobs]
         numbers = [[math.nan if value is None else value for value in both] for both in found]
-        rows.append((METRICS[metric].title, torch.tensor(numbers).double().T, metric))
+        rows.append((title(metric), torch.tensor(numbers).double().T, metric))
     rewards = [[side["overall"]["value"] for side in _sides(job, "reward")] for job in jobs]
-    rows.append((METRICS["mean_reward"].title, torch.tensor(rewards).double().T, "mean_reward"))
+    rows.append(("reward ↑", torch.tensor(rewards).double().T, "reward"))
     for label, both, metric in rows:
         if not both.isnan().any():
             gain, low, high = (formatted(x, metric, True) for x in contrasts(both, 0)[1][:3])
             base, tuned = (formatted(mean, metric) for mean in both.mean(1).tolist())
             lines.append(f"| {label} | {base} | {tuned} | {gain} ({low} to {high}) |")
-    lines += ["", "![Base and fine-tuned model by group of prompts](study-categories.png)", ""]
-    return "\n".join([*lines, "The main jobs one by one:", "", *_one_by_one(jobs)])
-
-
-def _one_by_one(jobs: Sequence[dict[str, Any]]) -> list[str]:
-    """A table of the main jobs: their gains, and the area under the curve (AUC) of what scores their images."""
-    lines = [
-        "| seed | aligned | seen | new combinations | new objects | AUC, known prompts | AUC, new prompts "
-        "| CLIP score's, new prompts |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for job in jobs:
-        (base, tuned), cells = _sides(job), []
-        for group in ("overall", "seen", "new combinations", "new objects"):
-            if group not in tuned:
-                cells.append("–")
-                continue
-            entry = tuned[group]
-            ends = entry["gain_ci95"] or [math.nan, math.nan]
-            gain, *span = (formatted(x, "aligned", True) for x in (entry["gain"], *ends))
-            before, after = (formatted(side[group]["value"], "aligned") for side in (base, tuned))
-            cells.append(f"{before} → {after}: {gain} ({' to '.join(span)})")
-        measured = job["reward"]["measured"]
-        for model, split in (("auxiliary", "known prompts"), ("auxiliary", "new prompts"), ("clip", "new prompts")):
-            auc = measured.get(model, {}).get(split, {}).get("auc")
-            cells.append(formatted(math.nan if auc is None else auc, "held_out auc"))
-        lines.append(f"| {job['settings']['seed']} | {' | '.join(cells)} |")
-    return lines
+    return "\n".join([*lines, "", "![Base and fine-tuned model by group of prompts](study-categories.png)"])
 
 
 # ------------------------------------------------------------------------------------------------------ the figures
@@ -224,7 +301,7 @@ def own_intervals(values: Tensor, metric: str, apart: Sequence[int] = ()) -> lis
     """
     seeds, known = values.shape[1], ~values.isnan().any(1)
     alike = [i for i in range(len(values)) if i not in apart and known[i]]
-    low, high = METRICS[metric].reach
+    low, high = kind(metric).reach
     ends = []
     for i, mean in enumerate(values.mean(1).tolist()):
         if not known[i]:
@@ -250,13 +327,13 @@ def _bars(mean: float, ends: Ends) -> list[list[float]]:
 
 
 def _percent(axis: Any, metric: str, ticks: int) -> None:
-    if METRICS[metric].digits == 0:
+    if kind(metric).digits == 0:
         in_percent(axis, ticks)
 
 
-def _note(figure: Any, seeds: int, more: str = "") -> None:
+def _note(figure: Any, seeds: int, more: str = "", what: str = "means with their 95 % intervals") -> None:
     """What points and bars are, below a figure."""
-    figure.supxlabel(f"means over {seeds} seeds with their 95 % intervals{more}", fontsize=9, color=GREY)
+    figure.supxlabel(f"{what} over {seeds} seeds{more}", fontsize=9, color=GREY)
 
 
 def plot_categories(path: Path, jobs: Sequence[dict[str, Any]]) -> None:
@@ -280,25 +357,21 @@ def plot_categories(path: Path, jobs: Sequence[dict[str, Any]]) -> None:
 
 def plot(path: Path, question: Question, found: Results, seeds: Sequence[int]) -> None:
     """A panel for each metric: means with their own intervals over an axis, or a line for each row."""
-    if question.axis:
-        _plot_over_axis(path, question, found, seeds)
-    else:
-        _plot_rows(path, question, found, seeds)
+    (_plot_over_axis if question.axis else _plot_rows)(path, question, found, seeds)
 
 
 def _plot_rows(path: Path, question: Question, found: Results, seeds: Sequence[int]) -> None:
     rows, reference = list(question.rows), question.rows[question.reference]
-    columns = 3 if len(question.panels) == 3 else min(2, len(question.panels))
-    figure, axes_of = panels(len(question.panels), columns, 0.7 + 0.25 * len(rows))
+    columns = min(3, len(question.panels))
+    figure, axes_of = panels(len(question.panels), columns, 0.9 + 0.3 * len(rows))
     for i, (axes, metric) in enumerate(zip(axes_of, question.panels)):
-        shown = of_rewards(question) if metric in OF_REWARD else rows
-        means, ends = _means(shown, metric, found, seeds)
-        axes.axvline(means[shown.index(reference)], color="0.8", linewidth=1, zorder=0)
-        placed = [(row, mean, span, -rows.index(row)) for row, mean, span in zip(shown, means, ends)]
+        means, ends = _means(rows, metric, found, seeds)
+        axes.axvline(means[question.reference], color="0.8", linewidth=1, zorder=0)
+        placed = [(row, mean, span, -k) for k, (row, mean, span) in enumerate(zip(rows, means, ends))]
         for row, mean, span, y in _within(axes, placed, metric):
             color = GREY if row.apart else COLORS[0]
             axes.errorbar(mean, y, xerr=_bars(mean, span), fmt="o", markersize=4.5, color=color, elinewidth=1.2)
-        axes.set_title(METRICS[metric].title, fontsize=10, loc="left")
+        axes.set_title(title(metric), fontsize=9, loc="left")
         axes.set_yticks([-k for k in range(len(rows))], [row.label for row in rows])
         axes.set_ylim(0.6 - len(rows), 0.6)
         axes.tick_params(labelleft=i % columns == 0)
@@ -309,27 +382,30 @@ def _plot_rows(path: Path, question: Question, found: Results, seeds: Sequence[i
 
 def _plot_over_axis(path: Path, question: Question, found: Results, seeds: Sequence[int]) -> None:
     number = len(question.panels)
-    figure, axes_of = panels(number, 3 if number in (3, 5, 6) else min(2, number), 2.5)
+    figure, axes_of = panels(number, min(3, number), 2.9)
+    rows = list(question.rows)
     for axes, metric in zip(axes_of, question.panels):
-        shown = of_rewards(question) if metric in OF_REWARD else list(question.rows)
-        means, ends = _means(shown, metric, found, seeds)
-        for row, mean in zip(shown, means):
-            if row.x is None:
-                axes.axhline(mean, color=GREY, linewidth=1, linestyle=":", label=row.label)
-        ticks = sorted({row.x for row in shown if row.x is not None})
-        for k, series in enumerate(dict.fromkeys(row.series for row in shown if row.x is not None)):
-            same = [i for i, row in enumerate(shown) if row.x is not None and row.series == series]
-            places = [ticks.index(shown[i].x or 0) + 0.12 * k for i in same]  # side by side: bars can be told apart
+        means, ends = _means(rows, metric, found, seeds)
+        ticks = sorted({row.x for row in rows if row.x is not None})
+        for row, mean in zip(rows, means):
+            if row.x is None and not math.isnan(mean):
+                axes.axhline(mean, color=GREY, linewidth=1, linestyle=":")
+                axes.annotate(row.label, (0, mean), (0, 3), textcoords="offset points", fontsize=9, color=GREY)
+        names = []
+        for k, series in enumerate(dict.fromkeys(row.series for row in rows if row.x is not None)):
+            same = [i for i, row in enumerate(rows) if row.x is not None and row.series == series]
+            places = [ticks.index(rows[i].x or 0) + 0.12 * k for i in same]  # side by side: bars can be told apart
             bars = np.concatenate([_bars(means[i], ends[i]) for i in same], 1)
             axes.errorbar(places, [means[i] for i in same], bars, marker="os^D"[k % 4], markersize=4.5, linewidth=1.2,
-                          elinewidth=1, color=COLORS[k], label=series or None)  # fmt: skip
-        axes.set_xticks(range(len(ticks)), [f"{x:,g}" for x in ticks], rotation=40 if len(ticks) > 6 else 0)
+                          elinewidth=1, color=COLORS[k])  # fmt: skip
+            if series and not math.isnan(means[same[-1]]):
+                names.append((places[-1], means[same[-1]], series, COLORS[k]))
+        axes.set_xticks(range(len(ticks)), [f"{x:,g}" for x in ticks])
         axes.set_xlabel(textwrap.fill(question.axis, 34), fontsize=9)
-        axes.set_title(METRICS[metric].title, fontsize=10, loc="left")
+        axes.set_title(title(metric), fontsize=9, loc="left")
         _percent(axes.yaxis, metric, 6)
-    handles, labels = axes_of[0].get_legend_handles_labels()
-    if labels:
-        figure.legend(handles, labels, loc="outside upper left", ncols=3, frameon=False, fontsize=9)
+        if names:
+            name_ends(axes, names)
     _note(figure, len(seeds))
     save(figure, path)
 
@@ -355,44 +431,50 @@ def _within(axes: Any, placed: Sequence[Placed], metric: str) -> list[Placed]:
 
 
 def plot_trade_off(path: Path, question: Question, found: Results, seeds: Sequence[int]) -> None:
-    """Alignment against each of the panels' metrics, a point for each row; rows with an x are joined in its order."""
+    """Alignment against the panel's metric, a point for each row with its name beside it, joined in their order."""
     from matplotlib.patheffects import withStroke
 
-    figure, axes_of = panels(len(question.panels), len(question.panels), 3.6, sharey=True)
-    rows = list(question.rows)
+    figure, (axes,) = panels(1, 1, 4.2)
+    rows, metric = list(question.rows), question.panels[0]
     aligned, y_ends = _means(rows, "aligned", found, seeds)
-    for axes, metric in zip(axes_of, question.panels):
-        other, x_ends = _means(rows, metric, found, seeds)
-        for i, row in enumerate(rows):
-            color, place = GREY if row.apart else COLORS[0], (other[i], aligned[i])
-            spans = _bars(aligned[i], y_ends[i]), _bars(other[i], x_ends[i])
-            axes.errorbar(*place, *spans, fmt="none", ecolor=color, elinewidth=0.8, alpha=0.45)
-            axes.scatter(*place, 30, color=color, linewidths=0, zorder=3)
-            text = axes.annotate(row.label if row.x is None else f"{row.x:g}", place, (6, 5),
-                                 textcoords="offset points", fontsize=9, color=color, zorder=4)  # fmt: skip
-            text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
-        joined = [i for i, row in enumerate(rows) if row.x is not None]
-        axes.plot([other[i] for i in joined], [aligned[i] for i in joined], color=COLORS[0], linewidth=1, alpha=0.5)
-        axes.set_xlabel(METRICS[metric].title, fontsize=9)
-        axes.margins(0.12)
-        _percent(axes.yaxis, "aligned", 6)
-    axes_of[0].set_ylabel("images judged good", fontsize=9)
-    _note(figure, len(seeds), f"; numbers: {question.axis}" * bool(question.axis))
+    other, x_ends = _means(rows, metric, found, seeds)
+    axes.plot(other, aligned, color=GREY, linewidth=1, alpha=0.4, zorder=1)
+    for i, row in enumerate(rows):
+        color, place = GREY if row.apart else COLORS[0], (other[i], aligned[i])
+        spans = _bars(aligned[i], y_ends[i]), _bars(other[i], x_ends[i])
+        axes.errorbar(*place, *spans, fmt="none", ecolor=color, elinewidth=1, alpha=0.6)
+        axes.scatter(*place, 36, color=color, linewidths=0, zorder=3)
+        text = axes.annotate(row.label, place, (8, 6), textcoords="offset points", fontsize=10, color=color, zorder=4)
+        text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+    what = title(metric).rstrip(" ↓")
+    axes.set_xlabel(f"{what} to drawings of what the images show (lower is better)", fontsize=9)
+    axes.set_ylabel("images judged good", fontsize=9)
+    axes.margins(0.22)
+    _percent(axes.yaxis, "aligned", 6)
+    _note(figure, len(seeds))
     save(figure, path)
 
 
-def plot_strips(path: Path, strips: dict[str, Path], prompts: Sequence[str]) -> None:
-    """Rows of images side by side, by label, one of each prompt."""
-    figure, (axes,) = panels(1, 1, 0.85 * len(strips) + 0.7)
-    rows = [np.asarray(Image.open(strip)) for strip in strips.values()]
-    height, width = rows[0].shape[0], rows[0].shape[1] // len(prompts)
-    axes.imshow(np.concatenate(rows), interpolation="bicubic")
-    axes.set_yticks([height * (i + 0.5) for i in range(len(rows))], list(strips))
-    titles = [textwrap.fill(text, 12) for text in prompts]
-    axes.set_xticks([width * (i + 0.5) for i in range(len(prompts))], titles, fontsize=8)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-    save(figure, path, dpi=100)
+def plot_sets(path: Path, matches: Sequence[Match], rater: str, found: Results, seeds: Sequence[int]) -> None:
+    """A bar for each match and kind: the fractions of prompts that were won, tied and lost, each named in its part."""
+    places = [(match, what) for match in matches for what in ("alignment", "fidelity")]
+    figure, (axes,) = panels(1, 1, 0.8 + 0.55 * len(places))
+    for k, (match, what) in enumerate(places):
+        left, y = 0.0, -k - 0.4 * (k // 2)
+        for end, color, ink in (("won", COLORS[0], "white"), ("tied", "0.85", "black"), ("lost", COLORS[1], "white")):
+            part = _mean_outcome(found, seeds, match, what, rater, end)
+            axes.barh(y, part, 0.7, left, color=color)
+            if part >= 0.09:
+                axes.text(
+                    left + part / 2, y, f"{end} {100 * part:.0f} %", ha="center", va="center", color=ink, fontsize=9
+                )
+            left += part
+    heights = [-k - 0.4 * (k // 2) for k in range(len(places))]
+    axes.set_yticks(heights, [textwrap.fill(f"{what}: {match.title}", 42) for match, what in places])
+    axes.set(xlim=(0, 1))
+    in_percent(axes.xaxis)
+    _note(figure, len(seeds), f"; two thirds of {rater} decide on each prompt", "means")
+    save(figure, path)
 
 
 # --------------------------------------------------------------------------------------------------------- the page

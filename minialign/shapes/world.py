@@ -41,12 +41,13 @@ def annotate(pictures: Sequence[Image.Image], texts: Sequence[str]) -> list[str]
     return judge(pictures, [_parsed(text) for text in texts])
 
 
-def pretraining_pairs(number: int, seed: int) -> list[tuple[str, Image.Image]]:
-    """Drawings with captions as noisy as those of the pre-training, of prompts that are never judged."""
+def pretraining_pairs(number: int, seed: int, *, clean: bool = False) -> list[tuple[str, Image.Image]]:
+    """Drawings with captions as noisy as those of the pre-training, or clean, of prompts that are never judged."""
     rng = random.Random(seed + 1)
     pairs = []
     for caption in rng.choices(split(GRAMMAR, seed).others, k=number):
-        shown = corrupt(caption, CAPTION_NOISE, GRAMMAR, rng)  # mistakes are as likely in either direction
+        # mistakes are as likely in either direction
+        shown = corrupt(caption, {} if clean else CAPTION_NOISE, GRAMMAR, rng)
         pairs.append((caption.text, draw(sample_scene(shown, rng), rng)))
     return pairs
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,8 +26,9 @@ from ..engine.settings import LAST_SEED
 from ..files import InputError
 from ..finetune.__main__ import main_job
 from ..pages.study_page import with_blocks
-from .cells import CELLS, DEFAULTS, SIZES
-from .questions import SEEDS, page, questions
+from .cells import CELLS, DEFAULTS, SIZES, cell_calls, training_calls
+from .filling import world
+from .questions import SEEDS, page, planned, questions
 from .workers import fill_all, missing
 
 
@@ -33,7 +36,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(prog="python -m minialign.study", description=(__doc__ or "").split("\n\n")[1])
     add = parser.add_argument
     add("--quick", action="store_true", help="a few minutes: tries everything, its numbers mean nothing")
-    add("--seeds", type=in_range(int, 0, LAST_SEED), nargs="+", default=SEEDS, help="three or more (default: 21 22 23)")
+    add(
+        "--seeds",
+        type=in_range(int, 0, LAST_SEED),
+        nargs="+",
+        default=SEEDS,
+        help=f"three or more (default: {' '.join(map(str, SEEDS))})",
+    )
+    only = "fill these cells alone, and write no page: a pilot of another length, say"
+    add("--only", choices=CELLS, nargs="+", metavar="CELL", help=only)
     add("--out", type=Path, help="the study's folder (default: runs/study; with --quick: runs/study-quick)")
     add("--docs", type=Path, help="folder of results.md and its figures (default: docs; with --quick: OUT/docs)")
     jobs = torch.get_num_threads()
@@ -51,8 +62,9 @@ def main() -> None:
         raise InputError(f"--seeds: {len(seeds)} seeds say too little of chance; accepted: three or more that differ")
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("the study draws figures: it needs matplotlib (pip install 'minialign[report]')")
-    names = ["setting", "categories", "strips", *questions(size)]
+    names = ["findings", "setting", "categories", "sets", *questions()]
     with_blocks(docs / "results.md", dict.fromkeys(names, ("", "")))  # or it would be known in an hour
+    say(f"planned for all cells: {planned(seeds, size)}")
     with opened(folder) as study:
         try:
             docs.mkdir(parents=True, exist_ok=True)
@@ -65,12 +77,21 @@ def main() -> None:
         for seed in seeds:
             say(f"main job of seed {seed}: all stages, and the images that its cells learn from")
             with opened(folder / f"seed-{seed}") as job:
-                main_job(job, SIZES[size]["run"] | {"seed": seed}, torch.device("cpu"))
-        if left := missing(folder, seeds):
-            say(f"cells: {len(left)} of {len(seeds) * len(CELLS)} are left, in {args.jobs} processes")
-            fill_all(folder, seeds, size, args.jobs)
-        page(folder, docs / "results.md", seeds, size)
-    print(f"\n{docs / 'results.md'}, with its figures")
+                results = main_job(job, SIZES[size]["run"] | {"seed": seed}, torch.device("cpu"))
+            world(folder, seed, size)  # its pool of images, before several processes ask for it
+        if left := [one for one in missing(folder, seeds) if one[0] in (args.only or CELLS)]:
+            hours = duration(results, [name for name, _ in left], size)
+            say(f"cells: {len(left)} left, in {args.jobs} processes; about {hours:.1f} hours at the main job's speed")
+            fill_all(folder, args.only or list(CELLS), seeds, size, args.jobs)
+        if not args.only:
+            page(folder, docs / "results.md", seeds, size)
+            print(f"\n{docs / 'results.md'}, with its figures")
+
+
+def duration(results: dict[str, Any], names: Sequence[str], size: str) -> float:
+    """Hours that cells will take, if they pass the UNet over as many images a second as a main job's fine-tuning."""
+    speed = training_calls(results["settings"]) / results["seconds"]["finetune"]
+    return sum(cell_calls(name, size) for name in names) / speed / 3600
 
 
 if __name__ == "__main__":

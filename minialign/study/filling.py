@@ -1,10 +1,13 @@
-"""How a cell is computed: its reward, its fine-tuning and its evaluation, by the stages called in turn."""
+"""How a cell is computed: its reward, its fine-tuning and its evaluation, by the stages called in turn.
+
+A result is one level of numbers by metric, "aligned", and by metric and group of prompts, "aligned, seen".
+"""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -18,37 +21,43 @@ from ..data.cache import features
 from ..engine.run import Run, digest
 from ..evaluate import Judged, TestItem, judge_model, test_items
 from ..evaluate.judges import FEATURES, REWARD
-from ..files import atomic, read_json, write_json, write_tensors
+from ..evaluate.sets import clean, rated, told
+from ..feedback import SIMULATED
+from ..files import write_tensors
 from ..finetune import finetune_pipeline
-from ..finetune.trainer import grid, model_weights, stored_images
-from ..generate import noise_seed
-from ..measures import cmmd, diversity, frechet_distance, measure
+from ..finetune.trainer import model_weights, stored_images
+from ..measures import diversity, frechet_distance, measure, preferred
 from ..models.clip import CLIP
 from ..models.reward import RewardModel, embed_images
 from ..pipeline import Pipeline
+from ..prompts import CATEGORIES
 from ..reward import REWARDS, load_reward, train
 from ..reward.labels import Labelled, Split, contrastive_table, read_labelled
-from ..shapes.world import annotate, drawings, pretraining_pairs, prompts, shown
-from .cells import CELLS, SIZES, Cell, Score, cell_settings
+from ..shapes.world import pretraining_pairs, shown
+from .cells import CELLS, POOL, SET, SIZES, Cell, Score, cell_settings, training_calls
 
-STRIP = 8  # images, spread over the test
+Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class World:
-    """What the cells of a seed share: N images for feedback and their labels, the test, the reward that judges."""
+    """What the cells of a seed share: N images for feedback and their labels, the tests, the reward that judges."""
 
     folder: Path  # of the main job
-    settings: dict[str, Any]  # `cell_settings`
-    distances: int  # images that distances are computed from
+    seed: int
+    size: str
     items: list[TestItem]
     clip: CLIP
     reward: RewardModel  # of the main job; it judges all cells
     paths: list[Path]  # of the N images
     prompts: list[str]
     data: Labelled
-    asked: Tensor  # (T,E), features of fresh drawings of what the items ask for
-    unseen: tuple[Tensor, Tensor, Tensor]  # the base model's images of unseen prompts, these prompts, and labels
+    pool_items: list[TestItem]  # POOL of each prompt, one prompt after the other
+    pool: Judged  # the base model's images of these
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return cell_settings("default", self.seed, self.size)
 
     @property
     def text(self) -> Tensor:
@@ -58,62 +67,49 @@ class World:
 
 @cache
 def world(folder: Path, seed: int, size: str) -> World:
-    """What the main job of a seed left in `folder`, and the test of the study."""
-    run, settings, clip = Run(folder / f"seed-{seed}"), cell_settings(seed, size), CLIP.from_pretrained()
-    items = test_items(run, settings)
+    """What the main job of a seed left in `folder`, the test of the study, and the pool of images, sampled once."""
+    run, settings, clip = Run(folder / f"seed-{seed}"), cell_settings("default", seed, size), CLIP.from_pretrained()
+    several = {"test_images": SIZES[size]["set_prompts"] * POOL, "test_images_per_prompt": POOL}
+    pool_items, reward = test_items(run, settings | several), load_reward(run.folder / "reward")
+    pool = judge_model(run, "pool", None, Pipeline.from_pretrained, pool_items, settings, clip, reward)
     paths, texts = stored_images(run.folder)
+    data = read_labelled(run.folder, clip, settings)
     return World(
-        run.folder,
-        settings,
-        SIZES[size]["distances"],
-        items,
-        clip,
-        load_reward(run.folder / "reward"),
-        paths,
-        texts,
-        read_labelled(run.folder, clip, settings),
-        embed_images(clip, drawings([item.prompt for item in items], seed)),
-        of_unseen_prompts(run.folder, clip, seed),
-    )
+        run.folder, seed, size, test_items(run, settings), clip, reward, paths, texts, data, pool_items, pool
+    )  # fmt: skip
 
 
-def of_unseen_prompts(job: Path, clip: CLIP, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What rewards are measured on beside held-out labels: embeddings of images and prompts, both (U,E), labels (U,).
-
-    Images that the base model was judged by in the main job, of prompts without feedback; those that the annotator
-    cannot read are left out.
-    """
-    models = read_json(job / "results.json")["evaluation"]["models"]
-    paths, texts = stored_images(job / next(iter(models.values()))["images"])
-    unseen = set(prompts(seed)[1])
-    pairs = [(path, text) for path, text in zip(paths, texts) if text in unseen]
-    verdicts = annotate([open_image(path) for path, _ in pairs], [text for _, text in pairs])
-    pairs = [pair for pair, verdict in zip(pairs, verdicts) if verdict != "skip"]
-    label = torch.tensor([float(verdict == "good") for verdict in verdicts if verdict != "skip"])
-    image, text = features(job / FEATURES, clip, [path for path, _ in pairs], [text for _, text in pairs])
-    return image, text, label
+def by_group(items: Sequence[TestItem]) -> Iterator[tuple[str, list[int]]]:
+    """The groups of prompts, seen ones and kinds of others, and the rows of each; categories are left out."""
+    for group in dict.fromkeys(name for item in items for name in item.groups if name not in CATEGORIES):
+        yield group, [i for i, item in enumerate(items) if group in item.groups]
 
 
 # ---------------------------------------------------------------------------------------------------------- the reward
-def labels_of(cell: Cell, labels: dict[int, float], seed: int) -> dict[int, float]:
-    """The labels that a cell's reward learns from: a fraction of them, as most of its labellers give them.
+def labels_of(cell: Cell, labels: dict[int, float], prompts: Sequence[str], seed: int) -> dict[int, float]:
+    """The labels that a cell's reward learns from: a fraction of each prompt's, as most of its labellers give them.
 
     A smaller fraction is part of a larger one; who errs with a small probability errs there with a larger one, too.
     """
     rng, known = random.Random(seed), sorted(labels)
     rng.shuffle(known)
-    known = known[: max(8, round(cell.fraction * len(known)))]  # so few that --quick keeps should hold a good one
+    of_prompt: dict[str, list[int]] = {}
+    for i in known:
+        of_prompt.setdefault(prompts[i], []).append(i)
+    place = {i: (k + rng.random()) / len(same) for same in of_prompt.values() for k, i in enumerate(same)}
     wrong = {i: [rng.random() < cell.flipped for _ in range(cell.labellers)] for i in known}
+    known.sort(key=lambda i: place[i])
+    known = known[: max(8, round(cell.fraction * len(known)))]  # so few that --quick keeps should hold a good one
     return {i: labels[i] if 2 * sum(wrong[i]) < cell.labellers else 1 - labels[i] for i in known}
 
 
-def relabelled(cell: Cell, here: World, seed: int) -> Labelled:
+def relabelled(cell: Cell, here: World) -> Labelled:
     """The labels as the cell has them; those that are held out stay true, and contrast is with prompts that it has."""
     data = here.data
-    labels = labels_of(cell, {i: data.labels[i] for i in data.split.learn}, seed)
+    labels = labels_of(cell, {i: data.labels[i] for i in data.split.learn}, here.prompts, here.seed)
     learn = [i for i in data.split.learn if i in labels]
     among = list(dict.fromkeys(here.prompts[i] for i in learn))
-    texts, columns = contrastive_table(here.prompts, among, {text: text for text in here.prompts}, seed)
+    texts, columns = contrastive_table(here.prompts, among, {text: text for text in here.prompts}, here.seed)
     _, embeds = features(here.folder / FEATURES, here.clip, [], texts)
     split = Split(learn, data.split.known, data.split.new)
     return data._replace(texts=embeds, columns=columns, labels=data.labels | labels, split=split)
@@ -121,7 +117,7 @@ def relabelled(cell: Cell, here: World, seed: int) -> Labelled:
 
 def scoring(cell: Cell, here: World, settings: dict[str, Any]) -> tuple[Score, list[int]]:
     """What gives rewards in a cell, and the images with the labels that it learned them from."""
-    data = relabelled(cell, here, settings["seed"]) if cell.relearns else here.data
+    data = relabelled(cell, here) if cell.relearns else here.data
     rows = sorted(data.split.learn)
     if cell.score is not None:
         return partial(cell.score, data), rows
@@ -131,133 +127,126 @@ def scoring(cell: Cell, here: World, settings: dict[str, Any]) -> tuple[Score, l
 
 
 @torch.no_grad()
-def measured(score: Score, here: World) -> dict[str, Any]:
-    """How well a score predicts labels: of held-out images of known prompts, and of images of unseen prompts."""
-    rows, (image, text, label) = here.data.split.known, here.unseen
-    truth = torch.tensor([here.data.labels[i] for i in rows])
-    return {
-        "held_out": measure(score(here.data.images[rows], here.text[rows]), truth),
-        "unseen": measure(score(image, text), label),
-    }
+def measured(score: Score, here: World) -> Result:
+    """How well a score predicts the annotator on the pool's readable images, which nobody learned from, by group.
+
+    "pairs": how often it prefers which of two images of a prompt the annotator prefers.
+    """
+    texts = [item.prompt for item in here.pool_items]
+    unique = list(dict.fromkeys(texts))
+    _, table = features(here.folder / FEATURES, here.clip, [], unique)
+    found: Result = {}
+    for group, rows in by_group(here.pool_items):
+        rows = [i for i in rows if here.pool.verdicts[i] != "skip"]
+        reward = score(here.pool.features[rows], table[[unique.index(texts[i]) for i in rows]])
+        label = torch.tensor([float(here.pool.verdicts[i] == "good") for i in rows])
+        quality = measure(reward, label)
+        found[f"pairs, {group}"] = preferred(reward, label, [texts[i] for i in rows])
+        found[f"auc, {group}"] = quality["auc"]
+        found[f"ece, {group}"] = quality["ece"]
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------ the cell
-def fill(name: str, here: World, folder: Path, size: str) -> dict[str, Any]:
-    """Fine-tune and judge one cell of a seed; the content of its result.json. `folder` keeps what it continues from."""
+def fill(name: str, here: World, folder: Path) -> Result:
+    """Compute one cell of a seed; the content of its result.json. `folder` keeps what it continues from."""
     cell = CELLS[name]
-    settings = here.settings | cell.settings | {"steps": cell.times * here.settings["steps"]}
-    if cell.long:
-        settings |= SIZES[size]["long"] | {"lr_schedule": "constant", "validate_every": SIZES[size]["looks"][1]}
-    if cell.best_of:
-        model = folder.parent.parent / cell.model_of / folder.name / "model" if cell.model_of else None
-        return {"points": best_of(here, cell.best_of, Pipeline.from_pretrained(model), folder)}
+    settings = cell_settings(name, here.seed, here.size)
+    if cell.kind == "sets":
+        return sets(here, folder)
+    if cell.kind == "base":
+        return judged(Pipeline.from_pretrained(), here, folder)
     score, rows = scoring(cell, here, settings)
     result = measured(score, here)
+    if cell.kind == "reward":
+        return result
     with torch.no_grad():
         reward = score(here.data.images, here.text)
     if cell.weight is not None:
         reward = cell.weight(reward)
     if cell.unlabelled:
         rows = list(range(len(reward)))
-    seen = folder / "points.json"  # of the long one, in case it is interrupted
-
-    def points() -> dict[str, Any]:
-        return read_json(seen) if seen.exists() else {}
-
-    def look(pipe: Pipeline, step: int) -> None:
-        if cell.long and step in SIZES[size]["looks"] and str(step) not in points():
-            write_json(seen, points() | {str(step): judge_pipeline(pipe, here, folder, folder / f"step-{step}.png")})
-
-    tune(here, reward[rows], rows, settings, folder, look)
-    steps = settings["steps"]
-    strip = folder / f"step-{steps}.png" if cell.long else None
-    last = judge_pipeline(Pipeline.from_pretrained(folder / "model"), here, folder, strip)
-    return result | {"points": points() | {str(steps) if cell.long else "": last}}
+    tune(here, reward[rows], rows, settings, folder, cell.clean)
+    result |= judged(Pipeline.from_pretrained(folder / "model"), here, folder)
+    return result | {"calls": training_calls(settings)}
 
 
-def tune(
-    here: World,
-    reward: Tensor,
-    rows: Sequence[int],
-    settings: dict[str, Any],
-    folder: Path,
-    look: Callable[[Pipeline, int], None],
-) -> None:
-    """Fine-tune the pre-trained model on the images `rows`, weighed by their rewards; `look` is called from step 0."""
+def tune(here: World, reward: Tensor, rows: Sequence[int], settings: dict[str, Any], folder: Path, clean: bool) -> None:
+    """Fine-tune the pre-trained model on the images `rows`, weighed by their rewards."""
     write_tensors(folder / REWARDS, {"reward": reward})
     paths, texts = [here.paths[i] for i in rows], [here.prompts[i] for i in rows]
-    captions, drawn = zip(*pretraining_pairs(settings["pretrain_images"], settings["seed"]))
-
-    def validation(pipe: Pipeline) -> Callable[[int], None]:
-        look(pipe, 0)
-        return partial(look, pipe)
-
+    captions, drawn = zip(*pretraining_pairs(settings["pretrain_images"], settings["seed"], clean=clean))
     finetune_pipeline(
         Pipeline.from_pretrained, image_pairs(ImageFiles(paths), texts), model_weights(folder, settings),
-        image_pairs(drawn, captions), settings, folder, here.folder / "cache", lambda row: None, validation,
-        digest(json.dumps([reward.tolist(), list(rows)])),
+        image_pairs(drawn, captions), settings, folder, here.folder / "cache", lambda row: None,
+        lambda pipe: lambda step: None, digest(json.dumps([reward.tolist(), list(rows)])),
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------------ the test
-def best_of(here: World, numbers: Sequence[int], pipe: Pipeline, folder: Path) -> dict[str, Any]:
-    """A pipeline judged on the best by the reward of N images a test item, for each N."""
-    count, seed = len(here.items), here.settings["seed"]
-    items = [
-        TestItem(here.items[k % count].prompt, noise_seed(seed, k, test=True), here.items[k % count].groups)
-        for k in range(max(numbers) * count)
-    ]
-    side = judged(pipe, here, folder, items)
-    best = {n: torch.tensor(side.values[REWARD]).view(-1, count)[:n].argmax(dim=0) for n in numbers}
-    return {
-        str(n) if n > 1 else "": point(here, side, [int(k) * count + i for i, k in enumerate(rows)])
-        for n, rows in best.items()
-    }
+# ----------------------------------------------------------------------------------------------------------- the tests
+def judged(pipe: Pipeline, here: World, folder: Path) -> Result:
+    """The numbers of a pipeline's images of the test."""
+    side = judge_model(Run(folder), "cell", None, lambda: pipe, here.items, here.settings, here.clip, here.reward)
+    return point(here, side)
 
 
-def judge_pipeline(pipe: Pipeline, here: World, folder: Path, strip: Path | None = None) -> dict[str, Any]:
-    """What is said of a pipeline's images of the test. `strip` is where some of these are kept, side by side."""
-    side = judged(pipe, here, folder, here.items)
-    if strip is not None:
-        with atomic(strip) as temporary:
-            shown_paths = side.paths[:: len(side.paths) // STRIP][:STRIP]
-            grid([open_image(path) for path in shown_paths], STRIP).save(temporary, format="PNG")
-    return point(here, side, range(len(here.items)))
+def point(here: World, side: Judged) -> Result:
+    """The numbers of one image of each test item.
 
-
-def judged(pipe: Pipeline, here: World, folder: Path, items: Sequence[TestItem]) -> Judged:
-    return judge_model(Run(folder), "cell", None, lambda: pipe, items, here.settings, here.clip, here.reward)
-
-
-def point(here: World, side: Judged, rows: Sequence[int]) -> dict[str, Any]:
-    """The numbers of one image of each test item, the images `rows` of a model.
-
-    Fidelity is the Frechet distance of CLIP features of `distances` of the images that can be read, chosen at random,
-    from fresh drawings of what these show, CMMD another distance of the same two; None where fewer can be read. The
-    distance to what was asked is that of all images from drawings of their prompts.
+    Fidelity is the Frechet distance of CLIP features of so many of the images that can be read, chosen at random, from
+    fresh drawings of what these show; None where fewer can be read.
     """
-    seed = here.settings["seed"]
-    verdicts = [side.verdicts[i] for i in rows]
-    good = [verdict == "good" for verdict in verdicts]
-    unseen = [value for value, item in zip(good, here.items) if "seen" not in item.groups]
-    readable = [i for i, verdict in zip(rows, verdicts) if verdict != "skip"]
-    found: dict[str, Any] = {"fidelity": None, "cmmd": None}
-    if len(readable) >= here.distances:
-        chosen = random.Random(seed).sample(readable, here.distances)
-        again = [image for image in shown([open_image(side.paths[i]) for i in chosen], seed) if image is not None]
-        reference = embed_images(here.clip, again)
-        found["fidelity"] = frechet_distance(side.features[chosen], reference)
-        found["cmmd"] = cmmd(side.features[chosen], reference)
-    features_of = side.features[list(rows)]
-    rewards = [side.values[REWARD][i] or 0.0 for i in rows]
-    found |= {
-        "fidelity_images": here.distances,
-        "asked": frechet_distance(features_of, here.asked),
-        "asked_images": len(rows),
-        "diversity": diversity(features_of, [item.prompt for item in here.items]),
-        "readable": len(readable) / len(rows),
-        "aligned": sum(good) / len(good),
-        "unseen": sum(unseen) / len(unseen),
-        "mean_reward": sum(rewards) / len(rewards),
+    number = SIZES[here.size]["distances"]
+    good = torch.tensor([float(verdict == "good") for verdict in side.verdicts])
+    reward = torch.tensor([value or 0.0 for value in side.values[REWARD]])
+    readable = [i for i, verdict in enumerate(side.verdicts) if verdict != "skip"]
+    fidelity = None
+    if len(readable) >= number:
+        chosen = random.Random(here.seed).sample(readable, number)
+        again = [image for image in shown([open_image(side.paths[i]) for i in chosen], here.seed) if image is not None]
+        fidelity = frechet_distance(side.features[chosen], embed_images(here.clip, again))
+    found = {
+        "aligned": float(good.mean()),
+        "readable": len(readable) / len(good),
+        "fidelity": fidelity,
+        "fidelity images": number,
+        "diversity": diversity(side.features, [item.prompt for item in here.items]),
+        "reward": float(reward.mean()),
     }
-    return found | {"gap": found["mean_reward"] - found["aligned"]}
+    for group, rows in by_group(here.items):
+        found |= {f"aligned, {group}": float(good[rows].mean()), f"reward, {group}": float(reward[rows].mean())}
+    return found
+
+
+def sets(here: World, folder: Path) -> Result:
+    """Sets of SET images of a prompt, compared: of the main job's model, of the base model at random, and its best.
+
+    The fine-tuned model's start from the noise of the base model's random ones; the best are those of POOL that have
+    the highest reward. A key is "match; alignment or fidelity; rater; outcome".
+    """
+    number, count = len(here.pool_items) // POOL, torch.arange(len(here.pool_items) // POOL)[:, None]
+    random_rows = POOL * count + torch.arange(SET)
+    items = [here.pool_items[i] for i in random_rows.flatten()]
+    pipe = Pipeline.from_pretrained(here.folder / "model")
+    tuned = judge_model(Run(folder), "tuned", None, lambda: pipe, items, here.settings, here.clip, here.reward)
+    rewards = torch.tensor(here.pool.values[REWARD]).view(number, POOL)
+    best_rows = POOL * count + rewards.topk(SET, dim=1).indices.sort(dim=1).values
+    sides = {
+        "tuned": (tuned, torch.arange(len(items)).view(number, SET)),
+        "random": (here.pool, random_rows),
+        f"best {SET} of {POOL}": (here.pool, best_rows),
+    }
+    values: dict[str, dict[str, Tensor]] = {"alignment": {}, "fidelity": {}}
+    for name, (side, rows) in sides.items():
+        chosen = rows.flatten().tolist()
+        looks = clean([side.paths[i] for i in chosen], side.features[chosen], here.clip, here.seed)
+        values["alignment"][name] = torch.tensor(side.values[SIMULATED])[rows]
+        values["fidelity"][name] = torch.tensor(looks).view(number, SET)
+    tuned_, random_, best = sides
+    found: Result = {"set prompts": number}
+    for ours, theirs in ((tuned_, random_), (best, random_), (tuned_, best)):
+        for kind, of in values.items():
+            for rater, outcome in rated(of[ours], of[theirs], here.seed).items():
+                for name, fraction in told(outcome).items():
+                    found[f"{ours} against {theirs}; {kind}; {rater}; {name}"] = fraction
+    return found

@@ -1,4 +1,4 @@
-"""What the study asks: which cells are compared, and the page of tables and figures that answers."""
+"""What the study asks: the paper's findings, which cells are compared, and the page that answers."""
 
 from __future__ import annotations
 
@@ -7,143 +7,142 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..engine.run import Run
-from ..evaluate import test_items
+from ..evaluate.sets import NOISY, RATERS, WRONG
+from ..feedback import SIMULATED
 from ..files import read_json
 from ..finetune import WEIGHTINGS
 from ..pages.study_page import (
+    Finding,
+    Match,
     Question,
     Results,
     Row,
     block,
     categories_block,
+    findings_block,
     plot,
     plot_categories,
-    plot_strips,
+    plot_sets,
     plot_trade_off,
+    sets_block,
     write_page,
 )
-from .cells import (
-    BEST_OF,
-    BEST_OF_TUNED,
-    BETAS,
-    CELLS,
-    DEFAULTS,
-    LAMBDAS,
-    LONGER,
-    SIZES,
-    TEMPERATURES,
-    cell_settings,
-    looked_at,
-)
-from .filling import STRIP
+from .cells import BETAS, CELLS, DEFAULTS, POOL, SET, SIZES, cell_calls, job_calls
 
-SEEDS = [21, 22, 23]  # no setting was chosen on these
+SEEDS = [21, 22, 23, 24, 25, 26]  # no setting was chosen on these
 BASE = Row("no fine-tuning", "base", apart=True)
+IMAGES = ("aligned", "aligned, *", "readable", "fidelity", "diversity", "reward")
+REWARD = ("pairs, *", "auc, *", "ece, *")
+BEST = f"best {SET} of {POOL}"
+MATCHES = (
+    Match("fine-tuned against the base model", "tuned against random", "50 to 3 %", "10 to 15 %"),
+    Match(f"{BEST} by r against {SET} at random, base model", f"{BEST} against random", "46 % won", "no cost"),
+    Match(f"fine-tuned against the base model's {BEST}", f"tuned against {BEST}", "20 to 10 %", "3 to 20 %"),
+)
+RATED = {NOISY: f"{NOISY}, each wrong on {WRONG:.0%} of the images", SIMULATED: "the annotator alone"}
 
 
-def questions(size: str) -> dict[str, Question]:
-    """All but the first, which the main jobs answer."""
+# ------------------------------------------------------------------------------------------------- the paper's findings
+def findings(groups: Sequence[str]) -> list[Finding]:
+    """What Lee et al. 2023 found, as differences of two numbers of the study; `groups` of prompts, seen ones first."""
+    found = []
+    for group in groups:
+        pairs = f"pairs, {group}"
+        found += [
+            Finding("Fig. 3a", f"r predicts the preferred image of a pair better than CLIP; prompts: {group}",
+                    ("default", pairs), ("clip", pairs), 1),
+            Finding("Fig. 3a", f"the auxiliary loss helps; prompts: {group}",
+                    ("default", pairs), ("lambda-0", pairs), 1),
+            Finding("Fig. 3b", f"half of the images a prompt are worse; prompts: {group}",
+                    ("labels-50", pairs), ("default", pairs), -1),
+        ]  # fmt: skip
+
+    def of_sets(source: str, claim: str, match: str, kind: str, expected: int) -> Finding:
+        won, lost = (("sets", f"{match}; {kind}; {NOISY}; {outcome}") for outcome in ("won", "lost"))
+        return Finding(source, claim, won, lost, expected)
+
+    tuned, best, tuned_or_best = (match.key for match in MATCHES)
+    found += [
+        of_sets("Fig. 4", "alignment of sets of four: 50 % won, 3 % lost", tuned, "alignment", 1),
+        of_sets("Fig. 4", "fidelity of sets of four: 10 % won, 15 % lost", tuned, "fidelity", -1),
+        of_table_3("FID 26.59 on labelled images alone, 13.97 before", "labelled", "base", "fidelity", 1),
+        of_table_3("FID 21.02 with scored images, 26.59 without", "scored", "labelled", "fidelity", -1),
+        of_table_3("FID 16.76 with pre-training pairs, 21.02 without", "default", "scored", "fidelity", -1),
+        of_table_3("FID 16.76 with all three, 13.97 before", "default", "base", "fidelity", 1),
+        of_table_3("reward 0.69 on labelled images alone, 0.43 before", "labelled", "base", "reward, seen", 1),
+        of_table_3("reward 0.79 with scored images, 0.69 without", "scored", "labelled", "reward, seen", 1),
+        of_table_3("reward 0.79 with pre-training pairs and without", "default", "scored", "reward, seen", 0),
+        of_sets("Fig. 6", f"{BEST} by r wins alignment on 46 %", best, "alignment", 1),
+        of_sets("Fig. 6", f"{BEST} by r costs no fidelity", best, "fidelity", 0),
+        of_sets("Fig. 6", f"fine-tuned against {BEST}, alignment: 20 to 10 %", tuned_or_best, "alignment", 1),
+        of_sets("Fig. 6", f"fine-tuned against {BEST}, fidelity: 3 to 20 %", tuned_or_best, "fidelity", -1),
+    ]
+    return found
+
+
+def of_table_3(claim: str, cell: str, other: str, metric: str, expected: int) -> Finding:
+    return Finding("Table 3", claim, (cell, metric), (other, metric), expected)
+
+
+# ------------------------------------------------------------------------------------------------------- the questions
+def questions() -> dict[str, Question]:
+    """All but those of the main jobs and of sets; the paper's come first."""
+    beta, lengths, percents = DEFAULTS["beta"], {"steps-quarter": 0.25, "default": 1, "steps-4": 4}, (10, 25, 50, 100)
+    noisy = [Row(f"beta {b:g}", "default" if b == beta else f"beta-{b:g}", b, "noisy") for b in (beta, *BETAS)]
+    clean = [Row(f"beta {b:g}, clean captions", f"clean-{b:g}", b, "clean") for b in (beta, *BETAS)]
+    tau = {name: weighting.tau for name, weighting in WEIGHTINGS.items()}
     return {
-        "beta": of_beta(),
-        "reward": of_reward(),
-        "feedback": of_feedback(),
-        "noise": of_noise(),
-        "neighbours": of_neighbours(),
-        "overoptimisation": of_steps(size),
-    }
-
-
-def changed(key: str, value: float) -> str:
-    """The cell with a value of a setting."""
-    return "default" if value == DEFAULTS[key] else f"{key}-{value:g}"
-
-
-def of_beta() -> Question:
-    betas = sorted([DEFAULTS["beta"], *BETAS])
-    return Question(
-        "The weight of the pre-training term",
-        [BASE, *(Row(f"beta {beta:g}", changed("beta", beta), x=beta) for beta in betas)],
-        1 + betas.index(DEFAULTS["beta"]),
-        ("fidelity", "diversity"),
-        axis="beta, the weight of the pre-training term",
-    )
-
-
-def of_reward() -> Question:
-    rows = [BASE, Row("CLIP score as it is", "clip-raw"), Row("CLIP score, fitted to the labels", "clip-fitted")]
-    for weight in LAMBDAS:
-        rows.append(Row(f"lambda {weight:g}" + " (squared error alone)" * (weight == 0), changed("lambda", weight)))
-    return Question(
-        "The reward",
-        [*rows, *(Row(f"T {t:g}", f"temperature-{t:g}") for t in TEMPERATURES)],
-        len(rows) - len(LAMBDAS) + LAMBDAS.index(DEFAULTS["lambda"]),
-        ("held_out auc", "unseen auc", "aligned", "fidelity"),
-        rewards=True,
-    )
-
-
-def of_feedback() -> Question:
-    rows = [BASE]
-    for alone, series in enumerate(("all images scored by the reward", "labelled images alone")):
-        for n in (5, 10, 25, 50, 100):
-            name = "default" if n == 100 and not alone else f"labels-{n}" + "-alone" * alone
-            rows.append(Row(f"{n} % of the labels" + ", these images alone" * alone, name, x=n, series=series))
-    return Question(
-        "How much feedback",
-        rows,
-        [row.cell for row in rows].index("default"),
-        ("aligned", "fidelity", "held_out auc"),
-        axis="labels, % of the main job's",
-        rewards=True,
-    )
-
-
-def of_noise() -> Question:
-    flipped = [(n, f"flipped-{n}" if n else "default") for n in (0, 10, 20, 30)]
-    return Question(
-        "Wrong labels",
-        [
-            BASE,
-            *(Row(f"{n} % flipped", name, x=n, series="one labeller") for n, name in flipped),
-            Row("30 % flipped, majority of three", "flipped-30-majority", x=30, series="majority of three"),
-        ],
-        1,
-        ("aligned", "fidelity", "held_out auc"),
-        axis="labels flipped, %",
-        rewards=True,
-    )
-
-
-def of_neighbours() -> Question:
-    return Question(
-        "Reward-weighted likelihood and its neighbours",
-        [
-            BASE,
-            Row("weight r (the method)", "default"),
-            Row("1: all images alike", "plain"),
-            Row("1 - r (a control: must hurt)", "inverted", apart=True),
-            Row(f"good ones alone: 1 where r > {WEIGHTINGS['threshold'].tau:g}", "threshold"),
-            Row(f"exponential: exp((r - 1) / {WEIGHTINGS['exponential'].tau:g})", "exponential"),
-            *(Row(f"best of {n} by r, nothing fine-tuned", "best-of", str(n), apart=True) for n in BEST_OF),
-            Row(f"best of {BEST_OF_TUNED} by r, fine-tuned by r", "best-of-tuned", str(BEST_OF_TUNED)),
-            Row(f"r, {LONGER} times the steps", "longer"),
-        ],
-        1,
-        ("aligned", "fidelity", "diversity"),
-    )
-
-
-def of_steps(size: str) -> Question:
-    looks = looked_at(size)
-    return Question(
-        "Ten times the steps",
-        [Row(f"{n:,} steps", "long", str(n), x=n, apart=n == 0) for n in looks],
-        looks.index(looks[-1] // 10),
-        ("aligned", "mean_reward", "gap", "fidelity", "diversity"),
-        axis="fine-tuning steps",
-        metrics=("aligned", "mean_reward", "gap", "readable", "fidelity", "cmmd", "asked", "diversity"),
-    )
+        "reward": Question(
+            "The reward model",
+            [Row("CLIP score", "clip"), Row("without the auxiliary loss (lambda 0)", "lambda-0"),
+             Row("the reward model", "default"), Row("half of the labelled images a prompt", "labels-50")],
+            2, REWARD, ("pairs, *",),
+        ),
+        "ablation": Question(
+            "What is learned from",
+            [BASE, Row("labelled images alone", "labelled"), Row("+ images scored by r", "scored"),
+             Row("+ pre-training pairs", "default")],
+            3, (*IMAGES, "reward, seen"), ("fidelity",),
+        ),
+        "beta": Question(
+            "The weight of the pre-training term, and its captions",
+            [BASE, Row("beta 0", "scored", 0, "noisy"), *noisy, *clean],
+            2, IMAGES, ("aligned", "fidelity"), "beta; captions of the pre-training pairs",
+        ),
+        "knob": Question(
+            "lambda and T as one setting",
+            [Row("lambda 0", "lambda-0", 0), Row("lambda 0.5, T 2 (the paper's)", "temperature-2", 0.25),
+             Row("lambda 0.5, T 0.5 (default)", "default", 1),
+             Row("lambda 2, T 2", "lambda-2-temperature-2", 1, "lambda 2, T 2"),
+             Row("lambda 0.5, T 0.125", "temperature-0.125", 4)],
+            2, (*REWARD, "aligned"), ("pairs, *",), "lambda / T",
+        ),
+        "feedback": Question(
+            "How much feedback",
+            [Row(f"{n} % of the labels", "default" if n == 100 else f"labels-{n}", n) for n in percents],
+            3, ("pairs, *", "ece, *", "aligned", "aligned, *", "fidelity"), ("aligned", "pairs, *"), "labels, %",
+        ),
+        "noise": Question(
+            "Wrong labels",
+            [Row("true labels", "default"), Row("30 % flipped, majority of three", "flipped-30-majority"),
+             Row("30 % flipped", "flipped-30")],
+            0, ("pairs, *", "ece, *", "aligned", "aligned, *", "fidelity"), ("aligned",),
+        ),
+        "weights": Question(
+            "How images are weighted",
+            [BASE, Row("r, sampled in proportion (default)", "default"),
+             Row("r, uniform samples (the paper)", "uniform"),
+             Row(f"1 where r > {tau['threshold']:g}, else 0", "threshold"),
+             Row(f"exp((r - 1) / {tau['exponential']:g})", "exponential"), Row("1: all images alike", "plain")],
+            1, ("aligned", "aligned, *", "fidelity", "diversity", "calls"), ("aligned",),
+        ),
+        "steps": Question(
+            "How long",
+            [BASE, *(Row(f"{x:g} times the steps", name, x) for name, x in lengths.items())],
+            2, ("aligned", "aligned, *", "readable", "fidelity", "diversity", "reward", "calls"),
+            ("aligned", "fidelity"), "steps, times those of other cells",
+        ),
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ the page
@@ -153,35 +152,40 @@ def page(folder: Path, path: Path, seeds: Sequence[int], size: str) -> None:
         (name, seed): read_json(folder / name / f"seed-{seed}" / "result.json") for name in CELLS for seed in seeds
     }
     jobs = [read_json(folder / f"seed-{seed}" / "results.json") for seed in seeds]
-    asked = questions(size)
-    blocks = {"setting": ("How it was measured", setting(folder, found, jobs, seeds, size))}
+    groups = [key.partition(", ")[2] for key in found["default", seeds[0]] if key.startswith("pairs, ")]
+    asked = {name: question.expanded(groups) for name, question in questions().items()}
+    blocks = {"findings": ("The paper's findings, and ours", findings_block(findings(groups), found, seeds))}
+    blocks["setting"] = ("How it was measured", setting(folder, found, jobs, seeds, size))
     blocks["categories"] = ("Before and after, by category", categories_block(jobs))
+    blocks["sets"] = ("Sets of images, won by two thirds of the raters", sets_block(MATCHES, RATED, found, seeds))
     blocks |= {name: (question.title, block(name, question, found, seeds)) for name, question in asked.items()}
-    blocks["strips"] = ("The same prompts and noise along the long run", "![The long run](study-strips.png)")
-    test = test_items(Run(folder / f"seed-{seeds[0]}"), cell_settings(seeds[0], size))
-    strips = {f"{n:,} steps": folder / "long" / f"seed-{seeds[0]}" / f"step-{n}.png" for n in looked_at(size)}
     figures = {name: partial(plot, question=question, found=found, seeds=seeds) for name, question in asked.items()}
-    figures["beta"] = partial(plot_trade_off, question=asked["beta"], found=found, seeds=seeds)
+    figures["ablation"] = partial(plot_trade_off, question=asked["ablation"], found=found, seeds=seeds)
     figures["categories"] = partial(plot_categories, jobs=jobs)
-    prompts = [item.prompt for item in test[:: len(test) // STRIP][:STRIP]]
-    figures["strips"] = partial(plot_strips, strips=strips, prompts=prompts)
+    figures["sets"] = partial(plot_sets, matches=MATCHES, rater=NOISY, found=found, seeds=seeds)
     write_page(path, blocks, figures)
 
 
 def setting(folder: Path, found: Results, jobs: Sequence[dict[str, Any]], seeds: Sequence[int], size: str) -> str:
     """The command, and what it did, in Markdown."""
-    cell, long, config = SIZES[size]["cell"], SIZES[size]["long"], read_json(folder / "config.json")
+    cell, config = SIZES[size]["cell"], read_json(folder / "config.json")
     flags = " --quick" * (size == "quick") + f" --seeds {' '.join(map(str, seeds))}" * (list(seeds) != SEEDS)
     main_jobs, cells = sum(job["seconds"]["total"] for job in jobs), sum(one["seconds"] for one in found.values())
     return (
         f"    python -m minialign.study{flags}\n\n"
         f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), {len(found)} cells, with torch "
         f"{config['versions']['torch']}: {main_jobs / 60:.0f} minutes on {config['threads']} cores for the main jobs, "
-        f"and {cells / 60:.0f} minutes of one core for the cells. A main job for each seed, as `python -m "
-        "minialign.finetune --seed N` runs it, then each cell from its images, labels and reward: "
-        f"{cell['steps']} steps of {cell['batch_size']} images, judged on {cell['test_images']} images of the test; "
-        f"and the long run {long['steps']:,} steps of {long['batch_size']} at a constant learning rate, of which a "
-        f"moving average of the weights is judged (decay {long['ema']}). Fréchet distance and CMMD are of "
-        f"{SIZES[size]['distances']} readable images of the test and as many drawings of what these show, the distance "
-        f"to what was asked of all {cell['test_images']} and as many drawings of their prompts."
+        f"and {cells / 60:.0f} minutes of one core for the cells; {planned(seeds, size)}. A main job for each seed, as "
+        "`python -m minialign.finetune --seed N` runs it, then each cell from its images, labels and reward: "
+        f"{cell['steps']} steps of {cell['batch_size']} rows, a moving average of the weights (decay {cell['ema']:g}), "
+        f"judged on {cell['test_images']} images of the test. Fréchet distances are of {SIZES[size]['distances']} "
+        "readable images and as many drawings of what these show. Rewards are measured on "
+        f"{POOL} images of each of {SIZES[size]['set_prompts']} prompts, sets are {SET} images of these prompts, "
+        f"compared by {RATERS} raters."
     )
+
+
+def planned(seeds: Sequence[int], size: str) -> str:
+    """The cost of the grid, in words."""
+    jobs, cells = job_calls(size) * len(seeds), sum(cell_calls(name, size) for name in CELLS) * len(seeds)
+    return f"{jobs / 1e6:.2f} + {cells / 1e6:.2f} million passes of the UNet over one image"

@@ -19,7 +19,7 @@ from ..engine.commands import run_command
 from ..engine.processes import say
 from ..engine.run import Busy, locked
 from ..files import InputError, write_json
-from .cells import CELLS, KEPT
+from .cells import CELLS
 from .filling import fill, world
 
 
@@ -29,14 +29,15 @@ def result_of(folder: Path, name: str, seed: int) -> Path:
 
 def missing(folder: Path, seeds: Sequence[int]) -> list[tuple[str, int]]:
     """The cells, by name and seed, that have no result yet."""
-    return [(name, seed) for name in CELLS for seed in seeds if not result_of(folder, name, seed).exists()]
+    return [(name, seed) for seed in seeds for name in CELLS if not result_of(folder, name, seed).exists()]
 
 
-def work(folder: Path, seeds: Sequence[int], size: str, threads: int) -> None:
+def work(folder: Path, names: Sequence[str], seeds: Sequence[int], size: str, threads: int) -> None:
     """Fill the cells that nobody has filled or is filling, until all are filled."""
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
-    left = [(name, seed) for name in sorted(CELLS, key=lambda name: name != "long") for seed in seeds]
+    longest = sorted(names, key=lambda name: -CELLS[name].times)  # last, other processes would wait for it
+    left = [(name, seed) for seed in seeds for name in longest]
     while left:
         waiting = []
         for name, seed in left:
@@ -45,10 +46,8 @@ def work(folder: Path, seeds: Sequence[int], size: str, threads: int) -> None:
             if result_of(folder, name, seed).exists():
                 continue
             waiting.append((name, seed))
-            before = CELLS[name].model_of
-            if not before or result_of(folder, before, seed).exists():
-                with suppress(Busy):
-                    fill_one(folder, name, seed, seeds, size)
+            with suppress(Busy):
+                fill_one(folder, name, seed, seeds, size)
         if len(waiting) == len(left):
             time.sleep(1)  # the rest is in other hands
         left = waiting
@@ -61,23 +60,23 @@ def fill_one(folder: Path, name: str, seed: int, seeds: Sequence[int], size: str
         if path.exists():
             return
         begin = time.perf_counter()
-        result = fill(name, world(folder, seed, size), path.parent, size)
+        result = fill(name, world(folder, seed, size), path.parent)
         seconds = round(time.perf_counter() - begin, 1)
         for place in path.parent.iterdir():  # a killed process has not finished before all of it is gone
-            if place.is_dir() and not (place.name == "model" and name in KEPT):
+            if place.is_dir():
                 shutil.rmtree(place)
         write_json(path, result | {"seconds": seconds})
-    aligned = " ".join(f"{point['aligned']:.1%}" for point in result["points"].values())
+    aligned = f"aligned {result['aligned']:.1%}, " if "aligned" in result else ""
     total = len(seeds) * len(CELLS)
-    say(f"[{total - len(missing(folder, seeds))}/{total}] {name}, seed {seed}: aligned {aligned} ({seconds:.0f} s)")
+    say(f"[{total - len(missing(folder, seeds))}/{total}] {name}, seed {seed}: {aligned}{seconds:.0f} s")
 
 
-def fill_all(folder: Path, seeds: Sequence[int], size: str, jobs: int) -> None:
+def fill_all(folder: Path, names: Sequence[str], seeds: Sequence[int], size: str, jobs: int) -> None:
     """Run `work` in `jobs` processes; where one fails, this process fails with the same exit code."""
     os.environ["TQDM_DISABLE"] = "1"  # bars of several processes would be mixed
     threads = max(1, torch.get_num_threads() // jobs)
     context = multiprocessing.get_context("spawn")
-    job = partial(run_command, partial(work, folder, seeds, size, threads))
+    job = partial(run_command, partial(work, folder, names, seeds, size, threads))
     workers = [context.Process(target=job) for _ in range(jobs)]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the workers, too
     try:
