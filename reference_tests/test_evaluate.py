@@ -36,6 +36,7 @@ from minialign.generate import noise_seed
 from minialign.measures import PICTURE, cmmd, diversity, frechet_distance, paired_interval, wilson_interval
 from minialign.models.pretrained import EMBEDDED
 from minialign.models.reward import embed_images
+from minialign.pages.cards import comparison
 from minialign.prompts import CATEGORIES, PAPER, SHAPES, parse, split, spread
 from minialign.shapes.world import drawings, knows, shown
 
@@ -483,6 +484,22 @@ def test_a_model_gains_nothing_over_itself_and_comparisons_are_kept_beside_one_a
     assert (
         "evaluated" not in write_results(run)["counts"] and results_of(run.folder)["comparisons"].keys() == kept.keys()
     )
+
+
+def test_sets_are_in_the_results_and_told(drawn, tmp_path, undrawn):
+    run = Run(Path(shutil.copytree(drawn, tmp_path / "run")))
+    settings = settings_of(run, test_images=8, test_images_per_prompt=None, sets=2)
+    name = compare_models(run, settings, CPU, models=["embedded", str(run.folder / "model")])
+    found = results_of(run.folder)["comparisons"][name]
+    assert found["sets"]["size"] == 2 and found["settings"]["sets"] == 2
+    by_rater = found["sets"]["compared"]["alignment"]
+    assert by_rater.keys() == {"simulated annotator", "nine noisy copies"}
+    for models in by_rater.values():
+        (groups,) = models.values()
+        assert groups["overall"]["n"] == 4 and groups["seen"]["n"] + groups["unseen"]["n"] == 4
+    told = comparison(found)
+    assert "alignment of sets of 2 images of a prompt, against the first model's" in told
+    assert "by nine noisy copies: won " in told and " of 4" in told
 
 
 def test_the_judge_is_one_who_judged_all_models(drawn, tmp_path, undrawn):

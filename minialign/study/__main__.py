@@ -36,13 +36,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(prog="python -m minialign.study", description=(__doc__ or "").split("\n\n")[1])
     add = parser.add_argument
     add("--quick", action="store_true", help="a few minutes: tries everything, its numbers mean nothing")
-    add(
-        "--seeds",
-        type=in_range(int, 0, LAST_SEED),
-        nargs="+",
-        default=SEEDS,
-        help=f"three or more (default: {' '.join(map(str, SEEDS))})",
-    )
+    seeds = f"three or more (default: {' '.join(map(str, SEEDS))}; with --quick the first three)"
+    add("--seeds", type=in_range(int, 0, LAST_SEED), nargs="+", help=seeds)
     only = "fill these cells alone, and write no page: a pilot of another length, say"
     add("--only", choices=CELLS, nargs="+", metavar="CELL", help=only)
     add("--out", type=Path, help="the study's folder (default: runs/study; with --quick: runs/study-quick)")
@@ -57,7 +52,7 @@ def main() -> None:
     size = "quick" if args.quick else "full"
     folder = args.out or Path("runs/study-quick" if args.quick else "runs/study")
     docs = args.docs or (folder / "docs" if args.quick else Path("docs"))
-    seeds = list(dict.fromkeys(args.seeds))
+    seeds = list(dict.fromkeys(args.seeds or (SEEDS[:3] if args.quick else SEEDS)))
     if len(seeds) < 3:
         raise InputError(f"--seeds: {len(seeds)} seeds say too little of chance; accepted: three or more that differ")
     if importlib.util.find_spec("matplotlib") is None:
