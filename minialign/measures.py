@@ -223,6 +223,17 @@ def measure(reward: Tensor, label: Tensor, others: Tensor | None = None) -> dict
     }
 
 
+def ranked_right(first: Tensor, second: Tensor, preferred: Tensor) -> float | None:
+    """Fraction of pairs of which the better image has the higher score, equal scores counting half; None without any.
+
+    Scores (C,) and (C,) of two images; preferred (C,) is 1 where the first is better, 0 where the second one is. Ties,
+    1/2, are left out.
+    """
+    decided = preferred != 0.5
+    right = ((first - second).sign() * (2 * preferred - 1).sign() + 1) / 2
+    return float(right[decided].mean()) if decided.any() else None
+
+
 # ----------------------------------------------------------------------------------------------------------- labellers
 @dataclass(frozen=True)
 class Agreement:

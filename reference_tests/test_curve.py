@@ -11,7 +11,7 @@ from minialign.files import InputError
 from minialign.pages.cards import curve_table, twice_as_many
 from minialign.reward import curve as module
 from minialign.reward.curve import learning_curve, mean_interval, pairs_right, split_prompts
-from minialign.reward.labels import Labelled, split_rows
+from minialign.reward.labels import Labelled, split_feedback
 
 SETTINGS = defaults(embedded=True) | {"hidden": 32, "reward_batch_size": 32, "reward_learning_rate": 3e-3}
 
@@ -27,7 +27,7 @@ def labelled(number: int, noise: float = 0.0, prompts: int = 40, width: int = 48
     columns = torch.tensor([[p, (p + 1) % prompts, (p + 7) % prompts] for p in of])
     labels = {i: float(y != (rng.random() < noise)) for i, y in enumerate(good)}
     known = {i: (p,) for i, p in enumerate(of)}
-    return Labelled(images, texts, columns, labels, split_rows(known, labels, 0), known)
+    return Labelled(images, texts, columns, labels, split_feedback(known, labels, [], 0)[0], known)
 
 
 def test_pairs_of_one_prompt_are_counted():

@@ -12,15 +12,15 @@ from PIL import Image
 from minialign import CLIP, RewardModel
 from minialign.engine.optimising import generator
 from minialign.engine.run import FORMAT
-from minialign.feedback import FeedbackStore
+from minialign.feedback import FeedbackStore, import_into_run
 from minialign.files import InputError, read_weights
-from minialign.measures import area_under_curve
-from minialign.models.reward import mse_loss, prompt_classification_loss
+from minialign.measures import area_under_curve, ranked_right
+from minialign.models.reward import comparison_loss, mse_loss, prompt_classification_loss
 from minialign.prompts import SHAPES, all_prompts
 from minialign.reward import REWARDS, load_reward
 from minialign.reward.__main__ import main
-from minialign.reward.labels import FEWEST, read_labelled, split_labels
-from minialign.reward.trainer import Pairs, rewards_of, train_reward
+from minialign.reward.labels import FEWEST, LEARN, PARTS, read_labelled, split_feedback, split_labels
+from minialign.reward.trainer import Comparisons, Pairs, rewards_of, train_reward
 from minialign.shapes.scenes import draw, sample_scene
 
 
@@ -55,6 +55,31 @@ def test_losses_equal_their_formulas():
     assert float(prompt_classification_loss(rewards, torch.zeros(5), 1.0)) == 0
 
 
+@pytest.mark.parametrize("temperature", [0.2, 2.0])
+def test_the_loss_of_comparisons_and_its_gradient_equal_their_formulas(temperature):
+    g = torch.Generator().manual_seed(0)
+    first, second = torch.rand(6, generator=g).requires_grad_(), torch.rand(6, generator=g).requires_grad_()
+    preferred = torch.tensor([1.0, 0, 0.5, 1, 0, 0.5])
+    loss = comparison_loss(first, second, preferred, temperature)
+    loss.backward()
+    expected = 0.0
+    for i, (a, b, p) in enumerate(zip(first.tolist(), second.tolist(), preferred.tolist())):
+        chance = 1 / (1 + math.exp(-(a - b) / temperature))  # that the first one is called better
+        expected -= (p * math.log(chance) + (1 - p) * math.log(1 - chance)) / 6
+        slope = (chance - p) / (6 * temperature)
+        assert float(first.grad[i]) == pytest.approx(slope, rel=1e-4)
+        assert float(second.grad[i]) == pytest.approx(-slope, rel=1e-4)
+        if p != 0.5:
+            assert (float(first.grad[i]) < 0) == (
+                p == 1
+            )  # a step against the gradient raises the better image's reward
+        else:
+            assert (float(first.grad[i]) < 0) == (a < b)  # and brings the two of a tie together
+    assert loss.dtype == torch.float32 and float(loss) == pytest.approx(expected, rel=1e-5)
+    equal = torch.tensor([0.5])
+    assert float(comparison_loss(equal, equal, torch.tensor([0.5]), temperature)) == pytest.approx(math.log(2))
+
+
 def test_training_finds_a_learnable_rule_and_the_folder_keeps_it(tmp_path):
     g = torch.Generator().manual_seed(0)
     kinds = torch.eye(8)
@@ -76,6 +101,46 @@ def test_training_finds_a_learnable_rule_and_the_folder_keeps_it(tmp_path):
         assert torch.equal(again(kinds[image], kinds[text]), model(kinds[image], kinds[text]))
         assert again.config == model.config
     assert (tmp_path / "reward" / "thesis.txt").exists()
+
+
+def test_comparisons_alone_teach_which_image_is_better():
+    """Of prompts that were not learned from: the better image is the one with more of what the prompt asks for."""
+    g = torch.Generator().manual_seed(0)
+    texts, images = torch.eye(8)[:, :4].repeat(1, 2), torch.randn(120, 8, generator=g)
+    first, second = torch.randint(120, (2, 800), generator=g)
+    prompt = torch.randint(8, (800,), generator=g)
+    preferred = (images[first, 0] > images[second, 0]).float()
+    preferred[first == second] = 0.5
+    new = prompt >= 6
+    data = Comparisons(first[~new], second[~new], prompt[~new], preferred[~new])
+    none = Pairs(torch.zeros(0, dtype=torch.long), torch.zeros(0, 1, dtype=torch.long), torch.zeros(0))
+    logged, config = [], {"width": 8, "hidden": 32}
+    model = train_reward(images, texts, none, config, steps=200, comparisons=data, log=logged.append)
+    right = ranked_right(*(model(images[i[new]], texts[prompt[new]]) for i in (first, second)), preferred[new])
+    assert right > 0.9 and logged[-1]["loss"] == logged[-1]["comparison"] < logged[0]["loss"]
+    assert logged[-1].keys() == {"step", "loss", "comparison"}
+
+
+def test_a_step_with_comparisons_is_one_on_the_sum_of_the_losses():
+    images, texts, pairs = random_pairs(40)
+    g = torch.Generator().manual_seed(1)
+    data = Comparisons(*torch.randint(30, (2, 20), generator=g), torch.randint(20, (20,), generator=g),
+                       torch.randint(3, (20,), generator=g) / 2)  # fmt: skip
+    config, how = {"width": 6, "hidden": 16}, {"batch_size": 12, "learning_rate": 0.1, "seed": 3}
+    model = train_reward(images, texts, pairs, config, steps=1, weight_of_classification=0.0,
+                         comparisons=data, comparison_temperature=0.4, **how)  # fmt: skip
+    torch.manual_seed(3)
+    reference, draws = RewardModel(config), generator(3, 0)
+    rows, compared = torch.randint(40, (12,), generator=draws), torch.randint(20, (12,), generator=draws)
+    error = reference(images[pairs.image[rows]], texts[pairs.prompts[rows, 0]]) - pairs.label[rows]
+    r = [reference(images[place[compared]], texts[data.prompt[compared]]) for place in (data.first, data.second)]
+    p = torch.exp(r[0] / 0.4) / (torch.exp(r[0] / 0.4) + torch.exp(r[1] / 0.4))
+    y = data.preferred[compared]
+    (error.square().mean() - (y * p.log() + (1 - y) * (1 - p).log()).mean()).backward()
+    for was, learned in zip(reference.parameters(), model.parameters()):
+        clear = was.grad.abs() > 1e-6
+        expected = was * (1 - 0.1 * 1e-2) - 0.1 * was.grad / (was.grad.abs() + 1e-8)
+        torch.testing.assert_close(learned[clear], expected[clear].detach(), rtol=1e-3, atol=1e-3)
 
 
 def test_score_takes_images_and_prompts():
@@ -179,6 +244,33 @@ def test_some_prompts_are_held_out_whole_and_some_images_of_the_others():
     few = split_labels(list("aabbcc"), 0)
     assert len(few.new) == 2 and not few.known
     assert split_labels(list("aabb"), 0).new == []
+
+
+def test_pairs_ranked_right_are_counted():
+    first, second = torch.tensor([0.9, 0.1, 0.5, 0.7, 0.2]), torch.tensor([0.1, 0.9, 0.5, 0.1, 0.9])
+    preferred = torch.tensor([1.0, 1.0, 0.0, 0.5, 0.0])  # right, wrong, undecided by the scores, a tie, right
+    assert ranked_right(first, second, preferred) == pytest.approx((1 + 0 + 0.5 + 1) / 4)
+    assert ranked_right(first, second, torch.full((5,), 0.5)) is None
+
+
+def test_no_image_that_judges_is_learned_from_by_a_comparison():
+    rng = random.Random(0)
+    prompts = {i: f"prompt {i % 20}" for i in range(200)}
+    labels = {i: float(rng.random() < 0.5) for i in range(0, 200, 2)}
+    pairs = [(i, (i + 20 * rng.randrange(1, 10)) % 200, rng.choice((0, 0.5, 1))) for i in range(200)]
+    split, compared = split_feedback(prompts, labels, pairs, 1)
+    assert sorted(i for part in split for i in part) == sorted(labels)
+    assert sorted(pair for part in compared.values() for pair in part) == sorted(pairs)
+    learned = {*split.learn, *(i for pair in compared[LEARN] for i in pair[:2])}
+    assert not learned & {*split.known, *split.new}
+    new = {prompts[i] for i in split.new} | {prompts[pair[0]] for pair in compared[PARTS[1]]}
+    assert len(new) == 2 and not new & {prompts[i] for i in learned}
+    assert len(compared[PARTS[0]]) > 10 < len(compared[PARTS[1]])
+    expected = split_labels([prompts[i] for i in labels], 1)  # with labels alone it is that of labels
+    rows = list(labels)
+    assert split_feedback({i: prompts[i] for i in labels}, labels, [], 1)[0] == tuple(
+        [rows[i] for i in part] for part in expected
+    )
 
 
 @pytest.fixture
@@ -355,3 +447,99 @@ def test_few_labels_and_a_single_prompt_are_told_what_follows(run, capsys):
     measured = json.loads((run / "reward" / "held_out.json").read_text())
     assert code == 0 and len(chosen) < FEWEST and measured["held_out"] == {}
     assert "3 labels are too few" in err and "one prompt only: there are no contrastive prompts" in err
+
+
+def compare(run, labels=False):
+    """Comparisons of the run's drawings, better ones first; without its labels unless `labels`."""
+    store = FeedbackStore(run)
+    good = store.labels()
+    images = [image for image in store.images() if image.id in good]
+    rows = [{"prompt": a.prompt, "chosen": str(a.path), "rejected": str(b.path)}
+            for a in images for b in images if a.prompt == b.prompt and good[a.id] > good[b.id]]  # fmt: skip
+    if not labels:
+        store.database.execute("DELETE FROM labels")
+    store.close()
+    (run / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert import_into_run(run, run / "pairs.jsonl") == (0, len(rows))
+    return len(rows)
+
+
+def test_the_command_learns_from_comparisons_alone_and_says_what_that_is(run, capsys):
+    number = compare(run)
+    code, out, err = command(main, capsys, run, *SMALL)
+    assert code == 0 and f"{number} comparisons and no label: there is no auxiliary loss" in err, err
+    assert "its level, and a weight by it, is relative" in err
+    measured = json.loads((run / "reward" / "held_out.json").read_text())
+    assert measured["labels"] == 0 and measured["good_fraction"] is None and measured["comparisons"] == number
+    assert measured["measured"].keys() == {"comparisons", "clip"}
+    for part, found in measured["held_out"].items():
+        assert found["labels"] == 0 and found["comparisons"] > 0
+        assert measured["measured"]["comparisons"][part].keys() == {"pairs_ranked_right"}
+    assert "comparisons alone" in out and "pairs ranked right" in out and "held-out comparisons" in out
+    code, _, err = command(main, capsys, run)
+    assert code == 0
+    store = FeedbackStore(run)
+    store.database.execute("UPDATE comparisons SET verdict = 'tie' WHERE image = 6 OR image > 30")
+    store.close()
+    code, _, err = command(main, capsys, run)
+    assert code == 2 and "stage reward is out of date: the comparisons changed" in err
+
+
+def test_comparisons_stand_beside_verdicts(run, capsys):
+    number = compare(run, labels=True)
+    code, out, err = command(main, capsys, run, *SMALL)
+    assert code == 0 and "warning" not in err, err
+    measured = json.loads((run / "reward" / "held_out.json").read_text())
+    assert measured["labels"] == 44 and measured["comparisons"] == number
+    assert measured["measured"].keys() == {"auxiliary", "plain", "clip"}
+    assert any("pairs_ranked_right" in found for found in measured["measured"]["auxiliary"].values())
+    assert {"accuracy", "auc"} <= measured["measured"]["auxiliary"]["new prompts"].keys()
+
+
+def test_comparisons_with_another_runs_images_teach_nothing(run, tmp_path):
+    store = FeedbackStore(run)
+    store.add_comparison("ann", 1, tmp_path / "other", tmp_path / "other" / "images" / "0.png", "this", "left")
+    assert store.preferred() == [] and len(store.comparison_rows()) == 1
+    store.close()
+    assert read_labelled(run, CLIP.from_pretrained(), {"soft": False, "seed": 0}).compared == {}
+
+
+def test_contrastive_prompts_of_ones_own_take_the_rules_place(run, tmp_path, capsys):
+    store = FeedbackStore(run)
+    prompts = [image.prompt for image in store.images()]
+    store.close()
+    file, others = tmp_path / "own.json", ["a red house", "no house", *(f"{i} houses" for i in range(8))]
+    file.write_text(json.dumps({prompts[0]: others, prompts[1]: others[:1], "a prompt of nobody": ["x"]}))
+    clip, how = CLIP.from_pretrained(), {"soft": False, "seed": 0}
+    ruled = read_labelled(run, clip, how)
+    data = read_labelled(run, clip, how | {"contrastive": str(file)})
+    embeds = {i: clip.encode_text(clip.tokenizer([text]))[0] for i, text in enumerate(others)}
+    assert data.columns.shape[1] == 11 and ruled.columns.shape[1] == 8
+    for i, number in ((0, 10), (1, 1)):
+        row = data.columns[i].tolist()
+        assert row[1 + number :] == [-1] * (10 - number)
+        for place, k in enumerate(row[1 : 1 + number]):
+            torch.testing.assert_close(data.texts[k], embeds[place], rtol=1e-4, atol=1e-5)
+    later = [i for i, prompt in enumerate(prompts) if prompt not in prompts[:2]]
+    for i in later[:5]:  # the rule's, of prompts with feedback
+        assert sum(k >= 0 for k in data.columns[i].tolist()) == sum(k >= 0 for k in ruled.columns[i].tolist())
+    assert command(main, capsys, run, *SMALL, "--contrastive", file)[0] == 0
+    file.write_text(json.dumps({prompts[0]: others}))
+    code, _, err = command(main, capsys, run)
+    assert code == 2 and "stage reward is out of date: the contrastive prompts changed" in err
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("[]", "a JSON object is needed"),
+    ("{", "not JSON"),
+    ('{"a red circle": "a star"}', '\'a red circle\': "a star"; accepted: a list of other prompts'),
+    ('{"a red circle": []}', "'a red circle': []; accepted: a list of other prompts"),
+    ('{"a red circle": ["a star", 1]}', "accepted: a list of other prompts"),
+    ('{"a red circle": ["a star", "A  red circle"]}', "stands among its own contrastive prompts"),
+    ('{"a prompt of nobody": ["x"]}', "none of its 1 prompts is one of the run's"),
+])  # fmt: skip
+def test_contrastive_prompts_that_cannot_be_are_one_line(run, tmp_path, capsys, content, message):
+    (tmp_path / "own.json").write_text(content)
+    code, _, err = command(main, capsys, run, *SMALL, "--contrastive", tmp_path / "own.json")
+    assert code == 2 and message in err and "own.json" in err and err.count("\n") == 1, err
+    assert not (run / "reward").exists()

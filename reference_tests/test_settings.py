@@ -47,7 +47,7 @@ def test_every_row_says_what_it_is():
     for recipe in RECIPES.values():
         assert recipe.keys() <= BY_NAME.keys()
     assert {setting.name for setting in SETTINGS if setting.source} == {
-        "model", "vae", "prompts", "reward", "clip", "pretrain"
+        "model", "vae", "prompts", "reward", "clip", "contrastive", "pretrain",
     }  # fmt: skip
 
 

@@ -125,6 +125,10 @@ SETTINGS = tuple(
         ("reward_steps", ("reward",), 1000, 1000, whole, "training steps of the reward model"),
         ("reward_batch_size", ("reward",), 64, 64, in_range(int, 2), "labelled images in a step of the reward model"),
         ("reward_learning_rate", ("reward",), 3e-4, 3e-4, fraction, "learning rate of the reward model, AdamW"),
+        ("comparison_temperature", ("reward",), 0.2, 0.2, positive, "T of the loss on compared images"),
+        ("contrastive", ("reward",), None, None, str,
+         "JSON file of contrastive prompts, prompt -> [prompts], in place of the rule for the prompts that it has",
+         {"source": True}),
         ("balanced", ("reward",), False, False, switch, "sample good and bad images equally often"),
         ("soft", ("reward",), False, False, switch, "learn the mean of an image's labels in place of their majority"),
         # ---------------------------------------------------------------------------------------------------- finetune

@@ -1,8 +1,10 @@
-"""The reward model r(x,z) of the method's stage 2: an MLP on frozen CLIP features, and the two parts of its loss.
+"""The reward model r(x,z) of the method's stage 2: an MLP on frozen CLIP features, and the parts of its loss.
 
 L_mse = mean (y - r(x,z))^2                                                      Lee et al. 2023, section 3.2
 L_pc  = cross entropy of softmax_i( r(x,z_i) / T ) against the original prompt among contrastive ones
 L     = L_mse + lambda L_pc
+L_bt  = cross entropy of sigmoid( (r(x_i,z) - r(x_j,z)) / T ) against which of two images is better, added to L where
+        people compared images                                                   Christiano et al. 2017, section 2.2.3
 """
 
 from __future__ import annotations
@@ -92,3 +94,11 @@ def prompt_classification_loss(rewards: Tensor, good: Tensor, temperature: float
     """
     entropy = -F.log_softmax(rewards / temperature, dim=1)[:, 0]
     return (entropy * good).sum() / good.sum().clamp(min=1e-6)
+
+
+def comparison_loss(first: Tensor, second: Tensor, preferred: Tensor, temperature: float) -> Tensor:
+    """L_bt of rewards (C,) and (C,) of two images of a prompt, the model of Bradley & Terry (1952).
+
+    preferred (C,) is 1 where the first image is better, 0 where the second one is, and 1/2 for a tie.
+    """
+    return F.binary_cross_entropy_with_logits((first - second) / temperature, preferred)

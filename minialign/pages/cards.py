@@ -23,6 +23,7 @@ MEASURES = {  # key of an evaluation: name in a table of text
 REWARD_MODELS = {
     "auxiliary": "with the auxiliary loss",
     "plain": "squared error alone",
+    "comparisons": "comparisons alone",
     "clip": "raw CLIP score",
     "given": "--reward",
 }
@@ -206,17 +207,21 @@ def reward_table(reward: Mapping[str, Any]) -> str:
     head = f"{reward['labels']:,} labels, {number(reward['good_fraction'], True)} good."
     if "terms" in reward:
         head = f"The reward of the images is {reward_words(reward)}.\n{head}"
-    if not reward["labels"]:
+    if "comparisons" in reward:
+        head = f"{head[:-1]}; {reward['comparisons']:,} comparisons."
+    if not reward["labels"] and "comparisons" not in reward:
         return f"{head} Nothing was measured."
     lines = []
     for split, held_out in reward["held_out"].items():
-        good, commoner = held_out["good_fraction"], "good" if held_out["good_fraction"] > 0.5 else "bad"
-        lines += [
-            "",
-            f"{split}: {held_out['labels']:,} held-out labels of {held_out['prompts']:,} prompts; always predicting "
-            f"{commoner} is right for {number(max(good, 1 - good), True)}",
-            f"{'':25}{'accuracy':>9}{'AUC':>7}{'ECE':>7}{'Brier':>7}{'prompt accuracy':>17}",
-        ]
+        good = held_out["good_fraction"]
+        told = f"{split}: {held_out['labels']:,} held-out labels of {held_out['prompts']:,} prompts"
+        if good is not None:
+            commoner = "good" if good > 0.5 else "bad"
+            told += f"; always predicting {commoner} is right for {number(max(good, 1 - good), True)}"
+        compared = f"{'pairs ranked right':>20}" if "comparisons" in held_out else ""
+        told += f"; {held_out['comparisons']:,} held-out comparisons" if compared else ""
+        heads = f"{'':25}{'accuracy':>9}{'AUC':>7}{'ECE':>7}{'Brier':>7}{'prompt accuracy':>17}{compared}"
+        lines += ["", told, heads]
         for model, found in reward["measured"].items():
             if split in found:
                 lines.append(_predicts(model, found[split], reward))
@@ -236,6 +241,7 @@ def _predicts(model: str, found: Mapping[str, Any], reward: Mapping[str, Any]) -
     cells = [f"{number(found.get('accuracy'), True):>9}"]
     cells += [f"{number(found.get(key), False):>7}" for key in ("auc", "ece", "brier")]
     cells += [f"{number(found.get('prompt_accuracy'), True):>17}"]
+    cells += [f"{number(found['pairs_ranked_right'], True):>20}"] if "pairs_ranked_right" in found else []
     return f"  {'reward model (lambda 0)' if alone else REWARD_MODELS[model]:23}" + "".join(cells)
 
 
@@ -288,8 +294,9 @@ held-out images like those that it learned from; how well it predicts for other 
 ```
 
 Known prompts have other images among those that it learned from; new prompts have none. ECE is the expected calibration
-error, Brier the mean squared error. Prompt accuracy is the fraction of the good images that score higher for their own
-prompt than for every contrastive one. The raw CLIP score is mapped to [0,1] by a logistic regression on the labels that
-were learned from.
+error, Brier the mean squared error. Where people compared images, pairs ranked right is the fraction of the held-out
+pairs of which the better image scores higher, ties left out. Prompt accuracy is the fraction of the good images that
+score higher for their own prompt than for every contrastive one. The raw CLIP score is mapped to [0,1] by a logistic
+regression on the labels that were learned from.
 
 """ + "\n".join(_settings(reward["settings"]))

@@ -55,6 +55,7 @@ REWARD = {  # key in what a reward model's measurement holds: name, meaning, whe
     "ece": ("Calibration error", "between reward and fraction labelled good: lower is better", False),
     "brier": ("Brier score", "mean squared error: lower is better", False),
     "prompt_accuracy": ("Prompt accuracy", "good images that score highest for their own prompt", True),
+    "pairs_ranked_right": ("Pairs ranked right", "of two compared images the better one scores higher", True),
 }
 PICTURE = {  # key of an evaluation's `picture`: what it is
     "saturation": "how colorful a pixel is, from 0 for grey to 1",
@@ -65,6 +66,7 @@ PICTURE = {  # key of an evaluation's `picture`: what it is
 CURVES = {  # of metrics.jsonl: title
     "reward mse": "Reward model: squared error",
     "reward classification": "Reward model: prompt classification loss",
+    "reward comparison": "Reward model: loss on compared images",
     "finetune model_loss": "Fine-tuning: denoising loss on the model’s own images",
     "finetune pretrain_loss": "Fine-tuning: denoising loss on pre-training pairs",
     "finetune gradient_norm": "Fine-tuning: gradient norm",
@@ -412,7 +414,7 @@ def _reward(reward: Mapping[str, Any]) -> str:
     """How well the reward model predicts labels that it did not learn from, of known prompts and of new ones."""
     measured, held_out = reward.get("measured") or {}, reward.get("held_out") or {}
     splits = list(dict.fromkeys(split for found in measured.values() for split in found))
-    own = measured.get("given") or measured.get("auxiliary") or {}
+    own = measured.get("given") or measured.get("auxiliary") or measured.get("comparisons") or {}
     charts = [_calibration(split, (own.get(split) or {}).get("calibration") or []) for split in splits]
 
     def row(title: str, found: Mapping[str, Any], key: str, percent: bool = False, digits: int = 3) -> tuple[str, ...]:
@@ -427,6 +429,7 @@ def _reward(reward: Mapping[str, Any]) -> str:
             rows += [row(f"{title}, {REWARD_MODELS.get(name, name)}", found, key) for name, found in others]
     rows.append(row("Labelled good", held_out, "good_fraction", percent=True))
     rows += [row("Held-out labels", held_out, "labels", digits=0), row("Their prompts", held_out, "prompts", digits=0)]
+    rows += [row("Held-out comparisons", held_out, "comparisons", digits=0)]
     rows = [cells for cells in rows if set(cells[1:]) != {"–"}]
     note = f"""<p>Measured on labels that it did not learn from. <em>Known prompts</em> have other images among those
 that it learned from; <em>new prompts</em> have none.{_of_labels(reward)}</p>"""

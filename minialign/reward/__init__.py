@@ -13,15 +13,26 @@ from torch import Tensor
 from ..data.cache import clip_digest
 from ..engine.run import REDO, Run, digest, file_digest
 from ..engine.settings import of_stage
-from ..files import InputError, atomic, checksum, read_json, write_json, write_tensors
-from ..measures import measure, platt
+from ..files import InputError, atomic, checksum, read_bytes, read_json, write_json, write_tensors
+from ..measures import measure, platt, ranked_right
 from ..models.clip import CLIP
 from ..models.reward import RewardModel
 from ..pages.cards import reward_card
 from ..pages.figures import plot_calibration
 from .curve import learning_curve
 from .given import LEARNED, MODEL, Rewards, check_terms, load_reward, read_terms, score_images, scorer
-from .labels import Labelled, Split, check_labels, read_labelled, read_labels, split_rows
+from .labels import (
+    LEARN,
+    PARTS,
+    Compared,
+    Labelled,
+    Split,
+    check_labels,
+    read_comparisons,
+    read_labelled,
+    read_labels,
+    split_feedback,
+)
 from .trainer import rewards_of, train_reward
 
 __all__ = [
@@ -51,11 +62,13 @@ def learn(folder: Path, clip: CLIP, settings: dict[str, Any], log: Callable[[dic
     """
     data = read_labelled(folder, clip, settings)
     weights = {"auxiliary": settings["lambda"], "plain": 0.0} if settings["lambda"] else {"plain": 0.0}
+    weights = weights if data.labels else {"comparisons": 0.0}
     models: dict[str, RewardModel] = {}
     for name, weight in weights.items():
         models[name] = train(data, settings, weight, log if not models else lambda row: None)
     model = next(iter(models.values()))
-    measured = counted(data.labels, data.prompts, data.split, settings) | {"measured": judge_rewards(data, models)}
+    measured = counted(data.labels, data.prompts, data.split, settings, data.compared)
+    measured["measured"] = judge_rewards(data, models)
     everything = torch.arange(len(data.images)), data.columns[:, :1]
     rewards = rewards_of(model, data.images, data.texts, *(rows.to(data.images.device) for rows in everything))
     write_reward(folder, model, measured, rewards[:, 0])
@@ -63,23 +76,30 @@ def learn(folder: Path, clip: CLIP, settings: dict[str, Any], log: Callable[[dic
 
 
 def counted(
-    labels: Mapping[int, float], prompts: Mapping[int, object], split: Split, settings: dict[str, Any]
+    labels: Mapping[int, float],
+    prompts: Mapping[int, object],
+    split: Split,
+    settings: dict[str, Any],
+    compared: Mapping[str, list[Compared]] = {},
 ) -> dict[str, Any]:
-    """What is said of the labels, by row, and of those held out; prompts: what tells the prompts of rows apart."""
+    """What is said of labels and comparisons, by row, and of those held out; prompts: what tells prompts of rows apart."""
     good = [label > 0.5 for label in labels.values()]
-    return {
+    held_out: dict[str, dict[str, Any]] = {}
+    for part, rows in zip(PARTS, split[1:]):
+        pairs = compared.get(part, [])
+        if rows or pairs:
+            held_out[part] = {
+                "labels": len(rows),
+                "prompts": len({prompts[i] for i in {*rows, *(i for pair in pairs for i in pair[:2])}}),
+                "good_fraction": sum(labels[i] > 0.5 for i in rows) / len(rows) if rows else None,
+            } | ({"comparisons": len(pairs)} if pairs else {})
+    found = {
         "labels": len(good),
         "good_fraction": sum(good) / len(good) if good else None,
-        "held_out": {
-            name: {
-                "labels": len(rows),
-                "prompts": len({prompts[i] for i in rows}),
-                "good_fraction": sum(labels[i] > 0.5 for i in rows) / len(rows),
-            }
-            for name, rows in split.judging.items()
-        },
+        "held_out": held_out,
         "settings": {setting.name: settings[setting.name] for setting in of_stage("reward")},
     }
+    return found | ({"comparisons": sum(map(len, compared.values()))} if compared else {})
 
 
 def train(
@@ -95,11 +115,12 @@ def train(
         steps=settings["reward_steps"], batch_size=settings["reward_batch_size"],
         learning_rate=settings["reward_learning_rate"], weight_of_classification=weight_of_classification,
         temperature=settings["temperature"], balanced=settings["balanced"], seed=settings["seed"], log=log,
+        comparisons=data.comparisons(LEARN), comparison_temperature=settings["comparison_temperature"],
     )  # fmt: skip
 
 
 def judge_rewards(data: Labelled, models: dict[str, RewardModel]) -> dict[str, dict[str, Any]]:
-    """`measure` of each model, and of the raw CLIP score, on the held-out labels by PARTS.
+    """`measure` of each model, and of the raw CLIP score, on the held-out labels by PARTS; `ranked_right` of pairs.
 
     A logistic regression on the labels that were not held out brings the CLIP score to [0,1].
     """
@@ -115,6 +136,13 @@ def judge_rewards(data: Labelled, models: dict[str, RewardModel]) -> dict[str, d
         cosine = torch.cosine_similarity(data.images[pairs.image][:, None], data.texts[pairs.prompts], dim=-1)
         score = (a * cosine + b).sigmoid().masked_fill(pairs.prompts < 0, float("-inf"))
         found["clip"][part] = measure(score[:, 0], pairs.label, score[:, 1:])
+    for part in PARTS:
+        if (compared := data.comparisons(part)) is not None:
+            text, first, second = data.texts[compared.prompt], data.images[compared.first], data.images[compared.second]
+            scores: dict[str, Callable[[Tensor, Tensor], Tensor]] = {**models, "clip": torch.cosine_similarity}
+            for name, scored in scores.items():
+                right = ranked_right(scored(first, text), scored(second, text), compared.preferred)
+                found[name].setdefault(part, {})["pairs_ranked_right"] = right
     return found
 
 
@@ -125,7 +153,7 @@ def write_reward(folder: Path, model: RewardModel, measured: dict[str, Any], rew
     write_json(out / "held_out.json", measured | {"sha256": checksum(out / MODEL)})
     with atomic(out / "README.md") as temporary:
         temporary.write_text(reward_card(measured), encoding="utf-8")
-    if measured["held_out"]:
+    if any(part["labels"] for part in measured["held_out"].values()):
         plot_calibration(out / "calibration.png", measured["measured"])
     write_tensors(folder / REWARDS, {"reward": rewards})
 
@@ -140,11 +168,13 @@ def read_measured(folder: Path) -> dict[str, Any]:
 
 
 def labels_digest(folder: Path, soft: bool, needed: bool = True) -> dict[str, str]:
-    """What stands for the images and the labels of a run; InputError where labels are `needed` and there are none."""
+    """What stands for the images and the feedback of a run; InputError where feedback is `needed` and there is none."""
     content, _, labels = read_labels(folder, soft)
-    if needed and not labels:
+    comparisons = read_comparisons(folder)
+    if needed and not labels and not comparisons:
         check_labels(folder, labels, 0)
-    return {"images": digest(json.dumps(content)), "labels": digest(json.dumps(sorted(labels.items())))}
+    found = {"images": digest(json.dumps(content)), "labels": digest(json.dumps(sorted(labels.items())))}
+    return found | ({"comparisons": digest(json.dumps(comparisons))} if comparisons else {})
 
 
 def outdated_stages(run: Run) -> list[str]:
@@ -165,6 +195,8 @@ def learn_from_run(run: Run, settings: dict[str, Any], device: torch.device, red
         made_from = labels_digest(run.folder, settings["soft"], rewards.learned)
         if rewards.learned:
             made_from["clip"] = digest(clip_digest(rewards.clip(settings["clip"])))
+            if settings["contrastive"] is not None:
+                made_from["contrastive prompts"] = digest(read_bytes(Path(settings["contrastive"])))
         return made_from if rewards.only_learned else made_from | {"reward": rewards.digest()}
 
     why = "a reward model learns from the labels and scores all images"
@@ -189,7 +221,7 @@ def score(folder: Path, rewards: Rewards, settings: dict[str, Any]) -> None:
         split, measured = data.split, read_measured(folder / "reward")
     else:
         known = {i: prompts[i] for i in sorted(labels)}
-        split = split_rows(known, labels, settings["seed"])
+        split, _ = split_feedback(known, labels, [], settings["seed"])
         measured = counted(labels, known, split, settings) | {"measured": {}}
     reward, terms, found = score_images(rewards, [image.path for image in stored], prompts, labels, split)
     measured["measured"]["given"] = found

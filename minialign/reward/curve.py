@@ -50,12 +50,12 @@ def pairs_right(reward: Tensor, label: Tensor, prompts: Sequence[object]) -> flo
 def split_prompts(data: Labelled, seed: int) -> tuple[list[int], list[int]]:
     """Rows of labels to learn from, in random order, and those of the prompts that are held out whole."""
     rng = random.Random(seed)
-    order = list(dict.fromkeys(data.prompts.values()))
+    order = list(dict.fromkeys(data.prompts[i] for i in data.labels))
     rng.shuffle(order)
     held = set(order[: max(1, round(HELD_OUT * len(order)))])
-    learn = [i for i, prompt in data.prompts.items() if prompt not in held]
+    learn = [i for i in data.labels if data.prompts[i] not in held]
     rng.shuffle(learn)
-    return learn, [i for i, prompt in data.prompts.items() if prompt in held]
+    return learn, [i for i in data.labels if data.prompts[i] in held]
 
 
 def measured(data: Labelled, learn: Sequence[int], judge: Sequence[int], settings: dict[str, Any]) -> dict[str, Any]:
@@ -85,12 +85,13 @@ def learning_curve(data: Labelled, settings: dict[str, Any]) -> dict[str, Any]:
 
     And `gain`, of the AUC by the last doubling, with its interval. InputError where labels or prompts are too few.
     """
+    prompts = len({data.prompts[i] for i in data.labels})
     splits = [split_prompts(data, settings["seed"] + 1000 * k) for k in range(SPLITS)]
     largest = min(len(learn) for learn, _ in splits)
     numbers = [n for k in range(SIZES) if (n := largest >> (SIZES - 1 - k)) >= FEWEST]
-    if len(set(data.prompts.values())) < 5 or len(numbers) < 2:
+    if prompts < 5 or len(numbers) < 2:
         raise InputError(
-            f"--curve: {len(data.labels)} labels of {len(set(data.prompts.values()))} prompts are too few; accepted: "
+            f"--curve: {len(data.labels)} labels of {prompts} prompts are too few; accepted: "
             f"at least {math.ceil(2 * FEWEST / (1 - HELD_OUT))} labels of 5 prompts"
         )
     found: list[list[dict[str, Any]]] = []

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,15 +14,18 @@ from torch import Tensor
 
 from ..data.cache import features
 from ..feedback import FeedbackStore, StoredImage
-from ..files import InputError
+from ..files import InputError, read_json
 from ..models.clip import CLIP
 from ..prompts import contrastive_prompts
-from .trainer import Pairs
+from .trainer import Comparisons, Pairs
 
 HELD_OUT = 0.1  # of the prompts are held out whole, and as large a fraction of the other prompts' images
 FEWEST = 20  # labels, below which a warning says that they are few
 CONTRASTIVE = 7  # contrastive prompts of each image; how many the paper has is not known
 PARTS = ("known prompts", "new prompts")  # of the held-out labels
+LEARN = "learn"  # the part that is learned from
+PREFERRED = {"this": 1.0, "other": 0.0, "tie": 0.5}  # of the first of two compared images, as L_bt has it
+Compared = tuple[int, int, float]  # two images by their numbers, and PREFERRED of the judgement
 
 
 class Split(NamedTuple):
@@ -53,15 +57,6 @@ def split_labels(prompts: Sequence[object], seed: int) -> Split:
     return Split(sorted(rest[judging:]), sorted(rest[:judging]), new)
 
 
-def split_rows(known: Mapping[int, object], labels: Mapping[int, float], seed: int) -> Split:
-    """`split_labels` of rows by what tells their prompts apart; nothing is held out where labels are too few for it."""
-    rows = list(known)
-    split = Split(*([rows[i] for i in part] for part in split_labels(list(known.values()), seed)))
-    if len({labels[i] > 0.5 for i in split.learn}) < len({labels[i] > 0.5 for i in rows}):
-        return Split(rows, [], [])
-    return split
-
-
 def read_labels(folder: Path, soft: bool = False) -> tuple[list[Any], list[StoredImage], dict[int, float]]:
     """What stands for the images of a run's store, the images, and by their number there the labels in [0,1].
 
@@ -79,8 +74,26 @@ def read_labels(folder: Path, soft: bool = False) -> tuple[list[Any], list[Store
     return content, images, {i: labels[image.id] for i, image in enumerate(images) if image.id in labels}
 
 
-def check_labels(folder: Path, labels: dict[int, float], prompts: int) -> None:
+def read_comparisons(folder: Path) -> list[Compared]:
+    """Every comparison of two images of a run's store, by the images' numbers there as `read_labels` has them."""
+    store = FeedbackStore(folder, read_only=True)
+    try:
+        number = {image.id: i for i, image in enumerate(store.images())}
+        found = store.preferred()
+    finally:
+        store.close()
+    return [(number[one.image], number[one.other], PREFERRED[one.verdict]) for one in found]
+
+
+def check_labels(folder: Path, labels: dict[int, float], prompts: int, comparisons: int = 0) -> None:
     """Say what few or one-sided labels mean; InputError where there is nothing to learn from."""
+    if comparisons:
+        if not any(labels.values()):
+            alone = "no image is labelled good" if labels else f"{comparisons} comparisons and no label"
+            warn(f"{alone}: there is no auxiliary loss, which is on images labelled good")
+        if not labels:
+            warn("r tells only which of two images of a prompt is better: its level, and a weight by it, is relative")
+        return
     if not labels:
         raise InputError(f"{folder}: no labels; python -m minialign.label {folder} takes them")
     good = sum(label > 0.5 for label in labels.values())
@@ -98,24 +111,42 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
+def read_contrastive(path: Path, prompts: Iterable[str]) -> dict[str, list[str]]:
+    """Contrastive prompts of one's own: a JSON object, prompt -> list of prompts, for prompts of a run.
+
+    InputError names what cannot be used, and a file that has none of the run's `prompts`.
+    """
+    found = read_json(path)
+    for prompt, others in found.items():
+        accepted = "accepted: a list of other prompts"
+        if not isinstance(others, list) or not others or not all(isinstance(one, str) and one for one in others):
+            raise InputError(f"{path}: {prompt!r:.80}: {json.dumps(others):.80}; {accepted}")
+        if " ".join(prompt.lower().split()) in (" ".join(one.lower().split()) for one in others):  # alike for CLIP
+            raise InputError(f"{path}: {prompt!r:.80} stands among its own contrastive prompts; {accepted}")
+    if not found.keys() & set(prompts):
+        raise InputError(f"{path}: none of its {len(found)} prompts is one of the run's; accepted: prompt -> [prompts]")
+    return found
+
+
 def contrastive_table(
-    prompts: Sequence[str], among: Sequence[str], same: dict[str, Any], seed: int
+    prompts: Sequence[str], among: Sequence[str], same: dict[str, Any], seed: int, own: Mapping[str, list[str]] = {}
 ) -> tuple[list[str], Tensor]:
     """A table of texts, and for each of the prompts (B,) the rows (B,N) of itself and of its contrastive prompts.
 
     Contrastive prompts are other prompts that have feedback, `among`, never one that nobody judged: the model would
     learn that it is wrong for every image. same[prompt]: its token ids, by which prompts are told apart. -1 stands for
-    none.
+    none. own[prompt], where it is there, takes the place of all this: what it says is its author's choice.
     """
     rng = random.Random(seed)
     table: dict[str, int] = {}
     columns: dict[str, list[int]] = {}
     for prompt in dict.fromkeys(prompts):
         others = [other for other in among if same[other] != same[prompt]]
-        chosen = [prompt, *contrastive_prompts(prompt, CONTRASTIVE, others, rng)]
-        columns[prompt] = [table.setdefault(text, len(table)) for text in chosen]
-        columns[prompt] += [-1] * (1 + CONTRASTIVE - len(chosen))
-    return list(table), torch.tensor([columns[prompt] for prompt in prompts])
+        chosen = own[prompt] if prompt in own else contrastive_prompts(prompt, CONTRASTIVE, others, rng)
+        columns[prompt] = [table.setdefault(text, len(table)) for text in (prompt, *chosen)]
+    width = max(1 + CONTRASTIVE, *map(len, columns.values())) if columns else 0
+    rows = {prompt: row + [-1] * (width - len(row)) for prompt, row in columns.items()}
+    return list(table), torch.tensor([rows[prompt] for prompt in prompts])
 
 
 class Labelled(NamedTuple):
@@ -126,12 +157,24 @@ class Labelled(NamedTuple):
     columns: Tensor  # (I,N): rows of `texts`, an image's prompt and its contrastive prompts; -1: none
     labels: dict[int, float]  # by the row of an image
     split: Split
-    prompts: dict[int, tuple[int, ...]]  # token ids of a labelled image's prompt, by the row of the image
+    prompts: dict[int, tuple[int, ...]]  # token ids of the prompt of an image with feedback, by the row of the image
+    compared: Mapping[str, list[Compared]] = {}  # LEARN and those of PARTS that have any
 
     def pairs(self, rows: Sequence[int]) -> Pairs:
         device = self.images.device
         label = torch.tensor([self.labels[i] for i in rows], dtype=torch.float32)
-        return Pairs(torch.tensor(rows).to(device), self.columns[list(rows)].to(device), label.to(device))
+        return Pairs(
+            torch.tensor(rows, dtype=torch.long).to(device), self.columns[list(rows)].to(device), label.to(device)
+        )
+
+    def comparisons(self, part: str) -> Comparisons | None:
+        """Those to learn from (LEARN), or of PARTS; None where there are none."""
+        if not self.compared.get(part):
+            return None
+        first, second, preferred = zip(*self.compared[part])
+        device, prompt = self.images.device, self.columns[list(first), 0]
+        i, j = torch.tensor([first, second]).to(device)
+        return Comparisons(i, j, prompt.to(device), torch.tensor(preferred, dtype=torch.float32).to(device))
 
     @property
     def held_out(self) -> dict[str, list[int]]:
@@ -141,15 +184,38 @@ class Labelled(NamedTuple):
 def read_labelled(folder: Path, clip: CLIP, settings: dict[str, Any]) -> Labelled:
     """The labels of a run, split into those to learn from and to judge by, and CLIP's embeddings of its images."""
     _, stored, labels = read_labels(folder, settings["soft"])
+    comparisons = read_comparisons(folder)
     prompts = [image.prompt for image in stored]
     unique = list(dict.fromkeys(prompts))
     tokens = {text: tuple(row) for text, row in zip(unique, clip.tokenizer(unique).tolist())} if unique else {}
-    known = {i: tokens[prompts[i]] for i in sorted(labels)}
-    check_labels(folder, labels, len(set(known.values())))
-    split = split_rows(known, labels, settings["seed"])
+    known = {i: tokens[prompts[i]] for i in sorted(labels.keys() | {i for pair in comparisons for i in pair[:2]})}
+    check_labels(folder, labels, len(set(known.values())), len(comparisons))
+    split, compared = split_feedback(known, labels, comparisons, settings["seed"])
+    own = read_contrastive(Path(settings["contrastive"]), unique) if settings.get("contrastive") else {}
     among = list(dict.fromkeys(prompts[i] for i in split.learn))
-    texts, columns = contrastive_table(prompts, among, tokens, settings["seed"])
+    texts, columns = contrastive_table(prompts, among, tokens, settings["seed"], own)
     paths = [image.path for image in stored]
     images, embeds = features(folder / "cache" / "features.safetensors", clip, paths, texts)
     device = clip.logit_scale.device
-    return Labelled(images.to(device), embeds.to(device), columns, labels, split, known)
+    return Labelled(images.to(device), embeds.to(device), columns, labels, split, known, compared)
+
+
+def split_feedback(
+    prompts: Mapping[int, object], labels: Mapping[int, float], comparisons: Sequence[Compared], seed: int
+) -> tuple[Split, dict[str, list[Compared]]]:
+    """`split_labels` of the images with feedback, prompts[i] of image i: labels by image, and comparisons with them.
+
+    A comparison is held out where one of its images is, so that nothing is learned of what judges: of new prompts with
+    its prompt, else of known ones. Nothing is held out where too little would be left to learn from.
+    """
+    rows = list(prompts)
+    parts = [{rows[i] for i in part} for part in split_labels(list(prompts.values()), seed)]
+    learn, _, new = parts
+    compared: dict[str, list[Compared]] = {LEARN: [], PARTS[0]: [], PARTS[1]: []}
+    for pair in comparisons:
+        compared[PARTS[1] if pair[0] in new else LEARN if {*pair[:2]} <= learn else PARTS[0]].append(pair)
+    lost = len({labels[i] > 0.5 for i in learn if i in labels}) < len({label > 0.5 for label in labels.values()})
+    if lost or (comparisons and not compared[LEARN]):
+        parts, compared = [set(rows), set(), set()], {LEARN: list(comparisons)}
+    split = Split(*(sorted(part & labels.keys()) for part in parts))
+    return split, {name: pairs for name, pairs in compared.items() if pairs}

@@ -1,4 +1,7 @@
-"""The trainer of the reward model: L_mse + lambda L_pc by AdamW on CLIP features (Lee et al. 2023, section 3.2)."""
+"""The trainer of the reward model: L_mse + lambda L_pc by AdamW on CLIP features (Lee et al. 2023, section 3.2).
+
+Where people compared images, L_bt is added (Christiano et al. 2017), or is the whole loss where nobody gave a verdict.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..engine.optimising import generator, progress
-from ..models.reward import RewardModel, mse_loss, prompt_classification_loss
+from ..models.reward import RewardModel, comparison_loss, mse_loss, prompt_classification_loss
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,19 @@ class Pairs:
     label: Tensor
 
 
+@dataclass(frozen=True)
+class Comparisons:
+    """C judgements of two images of a prompt, by their rows in tables of embeddings: first, second, prompt (C,).
+
+    preferred (C,): 1 where the first image is better, 0 where the second one is, 1/2 for a tie.
+    """
+
+    first: Tensor
+    second: Tensor
+    prompt: Tensor
+    preferred: Tensor
+
+
 def train_reward(
     images: Tensor,
     texts: Tensor,
@@ -39,11 +55,13 @@ def train_reward(
     weight_of_classification: float = 0.5,  # the paper's lambda
     temperature: float = 2.0,
     balanced: bool = False,
+    comparisons: Comparisons | None = None,
+    comparison_temperature: float = 0.2,
     seed: int = 0,
     log: Callable[[dict[str, float]], None] = lambda row: None,
     quiet: bool = False,
 ) -> RewardModel:
-    """A reward model trained on pairs of the tables images (I,E) and texts (P,E).
+    """A reward model trained on pairs of the tables images (I,E) and texts (P,E), and on comparisons; one may be empty.
 
     `balanced`: good (label above 0.5) and bad pairs are sampled equally often, whatever their numbers; r is then the
     probability of good among as many bad ones.
@@ -54,21 +72,26 @@ def train_reward(
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay, fused=True)
     known = train.label.cpu()  # rows are sampled and sorted on the CPU: no waiting for a device
     how = weight_of_classification, temperature
+    weights = {"mse": 1.0, "classification": weight_of_classification, "comparison": 1.0}
     for step in range(steps) if quiet else progress(range(steps), "reward"):
-        rows = sample_rows(known, batch_size, balanced, generator(seed, step))
-        mse, classification = reward_losses(model, images, texts, train, rows, known, *how)
-        (mse + weight_of_classification * classification).backward()
+        g, losses = generator(seed, step), {}
+        if len(known):
+            rows = sample_rows(known, batch_size, balanced, g)
+            losses = dict(zip(weights, reward_losses(model, images, texts, train, rows, known, *how)))
+        if comparisons is not None:
+            losses["comparison"] = compared(model, images, texts, comparisons, batch_size, comparison_temperature, g)
+        torch.stack([weights[name] * loss for name, loss in losses.items()]).sum().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % 20 == 0:
-            loss = mse.item() + weight_of_classification * classification.item()
-            log({"step": step + 1, "loss": loss, "mse": mse.item(), "classification": classification.item()})
+            values = {name: loss.item() for name, loss in losses.items()}
+            log({"step": step + 1, "loss": sum(weights[name] * loss for name, loss in values.items())} | values)
     return model.eval().requires_grad_(False)
 
 
 def sample_rows(known: Tensor, number: int, balanced: bool, g: torch.Generator) -> Tensor:
     """Rows (number,) of labels (B,), those with a label above 0 first: they are in both losses."""
-    if balanced:
+    if balanced and len((known > 0.5).unique()) == 2:
         kinds = [(known > 0.5).nonzero()[:, 0], (known <= 0.5).nonzero()[:, 0]]
         halves = zip(kinds, (number // 2, number - number // 2))
         rows = torch.cat([kind[torch.randint(len(kind), (many,), generator=g)] for kind, many in halves])
@@ -102,6 +125,22 @@ def reward_losses(
     own, contrast = reward[: len(rows)], reward[len(rows) :].reshape(others.shape)
     rewards = torch.cat([own[:liked, None], contrast.masked_fill(others < 0, float("-inf"))], dim=1)
     return mse_loss(own, label), prompt_classification_loss(rewards, label[:liked], temperature)
+
+
+def compared(
+    model: RewardModel,
+    images: Tensor,
+    texts: Tensor,
+    data: Comparisons,
+    number: int,
+    temperature: float,
+    g: torch.Generator,
+) -> Tensor:
+    """L_bt of `number` comparisons, sampled with replacement."""
+    rows = torch.randint(len(data.preferred), (number,), generator=g).to(images.device)
+    prompts = texts[data.prompt[rows]]
+    first, second = (model(images[place[rows]], prompts) for place in (data.first, data.second))
+    return comparison_loss(first, second, data.preferred[rows], temperature)
 
 
 @torch.no_grad()
