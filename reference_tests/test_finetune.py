@@ -18,15 +18,16 @@ from PIL import Image
 
 from minialign import Pipeline, RewardModel
 from minialign.engine.checkpoints import checkpoints
-from minialign.engine.run import Run, locked
+from minialign.engine.run import Run, locked, opened
 from minialign.engine.settings import BY_NAME, defaults
 from minialign.engine.settings import command as repeated
 from minialign.evaluate.__main__ import main as evaluate
 from minialign.feedback import FeedbackStore
-from minialign.files import read_weights
+from minialign.files import InputError, read_weights
 from minialign.finetune.__main__ import main, parse_arguments
 from minialign.generate import main as generate
 from minialign.label.__main__ import main as label
+from minialign.label.annotated import import_run
 from minialign.models.lora import load_lora, merge_lora
 from minialign.models.pretrained import EMBEDDED
 from minialign.reward import REWARDS
@@ -458,6 +459,32 @@ def test_own_images_go_through_the_same_code(source, tmp_path, capsys):
         assert code == 0 and len(results_of(run)["comparisons"]) == 1, err
     else:
         _own_run_again(run, labels, arguments, small, capsys)
+
+
+def test_comparisons_alone_go_through_the_same_code_and_another_file_takes_their_place(tmp_path, capsys):
+    labels, run, pairs = own_images(tmp_path / "images"), tmp_path / "run", tmp_path / "images" / "ranks.json"
+    prompts = [json.loads(line)["prompt"] for line in labels.read_text().splitlines()]
+    files = {prompt: [f"{i}.png" for i in range(12) if prompts[i] == prompt] for prompt in prompts}
+    rows = [{"caption": prompt, "images": files[prompt], "ranks": [1, 2, 4, 2]} for prompt in files]
+    pairs.write_text(json.dumps(rows))
+    arguments = ["--model", EMBEDDED, "--clip", EMBEDDED / "clip", "--out", run, *flags(OWN)]
+    code, _, err = command(main, capsys, *arguments, "--columns", "generations=images,ranking=ranks")
+    assert code == 2 and "--columns, --skip, --good-from, --scale: say how --feedback FILE is read, and need it" in err
+    columns = ("--columns", "generations=images,ranking=ranks")
+    code, out, err = command(main, capsys, *arguments, "--feedback", pairs, *columns)
+    assert code == 0 and "18 comparisons and no label: there is no auxiliary loss" in err, err
+    results = results_of(run)
+    assert results["counts"]["labels"] == 0 and results["reward"]["comparisons"] == 18
+    assert (run / "report.html").exists() and "comparisons alone" in (run / "reward" / "README.md").read_text()
+    code, _, err = command(main, capsys, *arguments, "--feedback", pairs)
+    assert code == 2 and "ranks.json, row 1: no column 'image'" in err
+    with opened(run) as state, pytest.raises(InputError, match="stage label is out of date: the label file changed"):
+        import_run(state, labels)
+    with opened(run) as state:
+        import_run(state, labels, redo=True)
+    store = FeedbackStore(run)
+    assert store.comparison_rows() == [] and len(store.labels()) == 12
+    store.close()
 
 
 def _own_run_again(run: Path, labels: Path, arguments: list, small: list, capsys) -> None:

@@ -204,11 +204,14 @@ def _settings(settings: Mapping[str, Any]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- reward models
 def reward_table(reward: Mapping[str, Any]) -> str:
     """How well a reward model predicts held-out labels, as text. `reward` is the content of held_out.json."""
-    head = f"{reward['labels']:,} labels, {number(reward['good_fraction'], True)} good."
+    good = (
+        f"{reward['labels']:,} labels, {number(reward['good_fraction'], True)} good"
+        if reward["labels"]
+        else "no labels"
+    )
+    head = f"{good}; {reward['comparisons']:,} comparisons." if "comparisons" in reward else f"{good}."
     if "terms" in reward:
         head = f"The reward of the images is {reward_words(reward)}.\n{head}"
-    if "comparisons" in reward:
-        head = f"{head[:-1]}; {reward['comparisons']:,} comparisons."
     if not reward["labels"] and "comparisons" not in reward:
         return f"{head} Nothing was measured."
     lines = []
@@ -276,11 +279,14 @@ def twice_as_many(curve: Mapping[str, Any]) -> str:
 def reward_card(reward: Mapping[str, Any]) -> str:
     """The README.md of a reward model: what it is, how it was made, what was measured."""
     clip = reward["settings"].get("clip") or "minialign's embedded CLIP"
+    says = "how likely its annotators were to call an image good for its prompt."
+    if not reward["labels"]:
+        says = "which of two images of a prompt its annotators were likely to prefer: only differences mean something."
     return f"""# A reward model r(x,z) of images and prompts
 
 Made by minialign {__version__} after Lee et al. 2023 (arXiv 2302.12192), section 3.2: an MLP on the embeddings of
 {clip}, frozen.
-It predicts, from 0 to 1, how likely its annotators were to call an image good for its prompt. It was measured on
+It predicts, from 0 to 1, {says} It was measured on
 held-out images like those that it learned from; how well it predicts for other images is unknown.
 
     from minialign import RewardModel
