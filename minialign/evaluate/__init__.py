@@ -120,7 +120,8 @@ def _sides(texts: Sequence[str], own: Sequence[str]) -> dict[str, list[str]]:
     unseen, in words of no grammar.
     """
     objects = {known[0].object for text in own if (known := recognise(text)) is not None}
-    mine, groups = set(own), {name: [] for name in ("seen", "new combinations", "new objects", "unseen")}
+    mine = set(own)
+    groups: dict[str, list[str]] = {name: [] for name in ("seen", "new combinations", "new objects", "unseen")}
     for text in dict.fromkeys(texts):
         known = recognise(text)
         if text in mine:

@@ -204,12 +204,10 @@ def _settings(settings: Mapping[str, Any]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- reward models
 def reward_table(reward: Mapping[str, Any]) -> str:
     """How well a reward model predicts held-out labels, as text. `reward` is the content of held_out.json."""
-    good = (
-        f"{reward['labels']:,} labels, {number(reward['good_fraction'], True)} good"
-        if reward["labels"]
-        else "no labels"
-    )
-    head = f"{good}; {reward['comparisons']:,} comparisons." if "comparisons" in reward else f"{good}."
+    head = "no labels"
+    if reward["labels"]:
+        head = f"{reward['labels']:,} labels, {number(reward['good_fraction'], True)} good"
+    head += f"; {reward['comparisons']:,} comparisons." if "comparisons" in reward else "."
     if "terms" in reward:
         head = f"The reward of the images is {reward_words(reward)}.\n{head}"
     if not reward["labels"] and "comparisons" not in reward:

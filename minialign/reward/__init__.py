@@ -82,7 +82,7 @@ def counted(
     settings: dict[str, Any],
     compared: Mapping[str, list[Compared]] = {},
 ) -> dict[str, Any]:
-    """Numbers of labels and comparisons, by row, and of those held out; prompts: what tells the prompts of rows apart."""
+    """Numbers of labels and comparisons, and of those held out; prompts: what tells the prompts of rows apart."""
     good = [label > 0.5 for label in labels.values()]
     held_out: dict[str, dict[str, Any]] = {}
     for part, rows in zip(PARTS, split[1:]):
