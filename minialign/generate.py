@@ -109,14 +109,14 @@ def load_model(run: Run, given: Mapping[str, Any], device: torch.device, dtype: 
     source = run.source("model", given)
     where: dict[str, Any] = {key: value for key in ("variant", "vae") if (value := run.source(key, given)) is not None}
     pipe = Pipeline.from_pretrained(source, device=device, **where)
-    found, known = digest(pipeline_digest(pipe)), run.config.get("model_digest")
-    if known not in (None, found):
+    own, known = digest(pipeline_digest(pipe)), run.config.get("model_digest")
+    if known not in (None, own):
         begun = run.settings.get("model") or "the bundled model"
         raise InputError(
             f"--model {source}: not the same as {begun}, which {run.folder} was begun with; accepted: that one, or "
             "another folder"
         )
-    run.config |= {"model_digest": found, "world": pipe.world}  # written when the first stage begins
+    run.config |= {"model_digest": own, "world": pipe.world}  # written when the first stage begins
     if dtype != "float32":
         pipe = Pipeline.from_pretrained(source, device=device, dtype=getattr(torch, dtype), **where)
     return pipe
@@ -141,7 +141,7 @@ def planned(settings: Mapping[str, Any], world: str) -> list[str]:
         raise InputError(f"--images-per-prompt: {len(prompts)} prompts x {number} images; accepted: {NOISES} in all")
     if number:  # the images of a prompt together: people label them side by side, from the first batch on
         return [prompt for prompt in prompts for _ in range(number)]
-    categories = [found[0].category if (found := recognise(prompt)) else "" for prompt in prompts]
+    categories = [known[0].category if (known := recognise(prompt)) else "" for prompt in prompts]
     return spread(prompts, categories, total, random.Random(settings["seed"]))
 
 

@@ -1037,18 +1037,19 @@ def test_what_the_page_says_where_something_is_wrong(browser, tmp_path, monkeypa
         browser.get(f"http://127.0.0.1:{port}/?token={TOKEN}")
         wait(browser, IDLE)
         first = browser.execute_script("return slot().id")
-        add, calls = book.store.add_labels, []
+        add, calls, sent = book.store.add_labels, [], threading.Event()
 
         def full_once(*given):
             calls.append(given)
             if len(calls) > 1:
                 return add(*given)
-            time.sleep(0.3)  # the next keys come meanwhile
+            sent.wait(20)  # the next keys come meanwhile
             raise StoreError(book.store.path, sqlite3.OperationalError("database or disk is full"))
 
         monkeypatch.setattr(book.store, "add_labels", full_once)
         for key in "ggg":  # the two behind the first must not hit other images
             browser.switch_to.active_element.send_keys(key)
+        sent.set()
         told = wait(browser, "return waiting === 0 && !$('error').hidden && $('error').textContent")
         assert told.startswith("Not saved: the disk is full") and "\n" not in told
         assert browser.execute_script("return slot().id") == first

@@ -26,9 +26,9 @@ def generator(*key: int) -> torch.Generator:
     the key: these have a hash of their own, which is 0 where there are none.
     """
     state = beyond = 0
-    for part in key:  # a multiplicative hash (Knuth 1998, section 6.4) keeps neighbouring keys apart
-        state = ((state ^ part) * 0x9E3779B97F4A7C15 + 0x7F4A7C15) % 2**63
-        beyond = (beyond ^ (part >> 32)) * 0xD1342543DE82EF95 % 2**64
+    for number in key:  # a multiplicative hash (Knuth 1998, section 6.4) keeps neighbouring keys apart
+        state = ((state ^ number) * 0x9E3779B97F4A7C15 + 0x7F4A7C15) % 2**63
+        beyond = (beyond ^ (number >> 32)) * 0xD1342543DE82EF95 % 2**64
     return torch.Generator().manual_seed(state ^ (beyond >> 32))
 
 
@@ -109,15 +109,15 @@ def progress(items: Iterable[T], description: str, total: int | None = None, don
     ends within half a second. In a file it is one line a minute. Only the main process shows it, and TQDM_DISABLE=1
     turns it off.
     """
-    how: dict[str, Any] = {"desc": description, "total": total, "initial": done, "file": sys.stderr}
+    options: dict[str, Any] = {"desc": description, "total": total, "initial": done, "file": sys.stderr}
     if not is_main_process():
-        how["disable"] = True
+        options["disable"] = True
     if not sys.stderr.isatty():
         line = "{desc}: {n_fmt} of {total_fmt} in {elapsed}, {remaining} left{postfix}"
         minute = {"mininterval": 60, "delay": 60, "miniters": 1}  # 1: the clock is looked at after every item
-        return _Lines(items, bar_format=line, leave=False, **minute, **how)
+        return _Lines(items, bar_format=line, leave=False, **minute, **options)
     bar = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-    return tqdm(items, bar_format=bar, leave=None, mininterval=0.5, delay=0.5, dynamic_ncols=True, **how)
+    return tqdm(items, bar_format=bar, leave=None, mininterval=0.5, delay=0.5, dynamic_ncols=True, **options)
 
 
 class Terminated(Exception):

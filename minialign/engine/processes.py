@@ -58,8 +58,8 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     backend, timeout = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timedelta(days=1)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
-        # torchrun keeps its store over restarts, with the addresses of those who died (on several machines it is told
-        # not to by TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: there the count is not the same everywhere)
+        # torchrun keeps its store over restarts, with the addresses of those who died (on several machines
+        # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 turns that off: there the count is not the same everywhere)
         store = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     yield device

@@ -248,12 +248,12 @@ def given(arguments: argparse.Namespace, *stages: str) -> dict[str, Any]:
     Files are named by absolute paths, for another command elsewhere.
     """
     names = {setting.name for setting in of_stage(*(stages or STAGES))}
-    found = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
-    for name, value in found.items():
+    values = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
+    for name, value in values.items():
         names_files = BY_NAME[name].source and value != "categories"
         if names_files and (os.path.exists(value) or glob.glob(str(value))):
-            found[name] = os.path.abspath(value)
-    return found
+            values[name] = os.path.abspath(value)
+    return values
 
 
 def command(settings: Mapping[str, Any], embedded: bool, folder: Any = None) -> list[str]:

@@ -54,8 +54,8 @@ def import_run(run: Run, file: Path, redo: bool = False, how: Reading = USUAL) -
     """Stage `label` of a run, unless it is done: the labels and comparisons of a label file, and its images."""
 
     def inputs() -> dict[str, str]:
-        told = {} if how == USUAL else {"reading of the label file": digest(json.dumps(how))}
-        return {"label file": digest(read_bytes(file))} | told
+        as_read = {} if how == USUAL else {"reading of the label file": digest(json.dumps(how))}
+        return {"label file": digest(read_bytes(file))} | as_read
 
     with run.stage("label", f"the labels of {file}", {}, inputs, redo=redo) as todo:
         if todo:

@@ -45,8 +45,8 @@ class ComparisonBook(LabelBook):
         for image in self.store.images():
             if image.id in self.pairs:
                 prompts.setdefault(image.prompt, []).append(image.id)
-        whole = [same[k : k + self.size] for same in prompts.values() for k in range(0, len(same), self.size)]
-        self.sets = {same[0]: same for same in whole if len(same) == self.size}
+        sets = [same[k : k + self.size] for same in prompts.values() for k in range(0, len(same), self.size)]
+        self.sets = {one[0]: one for one in sets if len(one) == self.size}
         self.first = {image: first for first, same in self.sets.items() for image in same}
         ids = np.array(sorted(self.sets), np.int64)
         return ids, np.arange(len(ids))
