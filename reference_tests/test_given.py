@@ -24,7 +24,7 @@ from minialign.models.reward import embed_images, embed_texts
 from minialign.prompts import SHAPES, all_prompts
 from minialign.reward import REWARDS
 from minialign.reward.__main__ import main
-from minialign.reward.functions import call_function
+from minialign.reward.functions import call_function, load_function
 from minialign.reward.given import Term, rank_within, read_terms, scale_of, to_unit, weighted
 from minialign.shapes.scenes import draw, sample_scene
 
@@ -163,8 +163,30 @@ def test_a_function_that_fails_is_one_line(tmp_path, body, message):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
     (tmp_path / "bad.py").write_text(f"def f(images, prompts):\n    {body}\n")
     with pytest.raises(InputError, match=message) as error:
-        call_function(f"{tmp_path / 'bad.py'}:f", [tmp_path / "a.png", tmp_path / "b.png"], ["x", "y"])
-    assert "\n" not in str(error.value)
+        call_function(f"{tmp_path / 'bad.py'}:f", [tmp_path / "a.png", tmp_path / "b.png"], ["x", "y"], tmp_path)
+    assert "\n" not in str(error.value) and not list(tmp_path.glob("scores-*"))
+
+
+def test_a_function_is_asked_once_of_each_image_and_prompt(tmp_path):
+    for i in range(40):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    code = "calls = []\ndef f(images, prompts):\n    calls.append(len(images))\n"
+    code += "    assert len(calls) != 2\n    return [image.getpixel((0, 0))[0] for image in images]\n"
+    (tmp_path / "mine.py").write_text(code)
+    what, paths = f"{tmp_path / 'mine.py'}:f", [tmp_path / f"{i}.png" for i in range(40)]
+    first = call_function(what, paths[:32] + paths[:3], ["x"] * 35, tmp_path)
+    assert first.tolist() == [*range(32), 0, 1, 2]
+    with pytest.raises(InputError, match="AssertionError"):  # its second call
+        call_function(what, paths, ["x"] * 40, tmp_path)
+    assert call_function(what, paths, ["x"] * 40, tmp_path).tolist() == list(range(40))
+    assert call_function(what, paths[::-1], ["x"] * 40, tmp_path).tolist() == list(range(40))[::-1]
+    module = load_function(what)[0].__globals__
+    assert module["calls"] == [32, 8, 8]
+    call_function(what, paths[:1], ["another prompt"], tmp_path)
+    assert module["calls"] == [32, 8, 8, 1]
+    file = next(tmp_path.glob("scores-*"))
+    file.write_bytes(file.read_bytes()[:50])  # of a damaged file nothing is taken
+    assert call_function(what, paths[:1], ["x"], tmp_path).tolist() == [0] and module["calls"][-1] == 1
 
 
 # --------------------------------------------------------------------------------------------------------- the command

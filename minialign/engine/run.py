@@ -37,7 +37,8 @@ OUTPUTS = {  # what each stage writes into the folder of a run, as patterns
     "label": (),
     "reward": (
         "reward/config.json", "reward/model.safetensors", "reward/held_out.json", "reward/README.md",
-        "reward/calibration.png", "cache/rewards.safetensors", "tensorboard/reward/events.*",
+        "reward/calibration.png", "cache/rewards.safetensors", "cache/scores-*.safetensors",
+        "tensorboard/reward/events.*",
     ),
     "finetune": (
         *(f"checkpoints/{step}[0-9]*/{name}" for step in ("step-", "damaged-step-")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from ..data import open_image
 from ..engine.optimising import progress
-from ..files import InputError, checksum, first_line
+from ..files import InputError, checksum, first_line, read_weights, write_tensors
 
 BATCH = 32  # images that a function gets at once
 
@@ -48,29 +51,46 @@ def _module(place: str, content: str) -> ModuleType:
     return module
 
 
-def call_function(what: str, paths: Sequence[Path], prompts: Sequence[str]) -> Tensor:
+def call_function(what: str, paths: Sequence[Path], prompts: Sequence[str], cache_folder: Path) -> Tensor:
     """What a function says (B,) of image files for their prompts; it gets lists of PIL images and of strings.
 
-    InputError where it fails, or does not return one finite number for each image.
+    What it said is kept in scores-DIGEST.safetensors of the folder, by its file's content and its name: a killed
+    process loses a minute's work at most. InputError where it fails, or does not return one finite number an image.
     """
-    function, found = load_function(what)[0], []
-    for start in progress(range(0, len(paths), BATCH), what):
-        part = paths[start : start + BATCH]
-        try:
-            with torch.no_grad():
-                numbers = function([open_image(path) for path in part], list(prompts[start : start + BATCH]))
-            numbers = torch.as_tensor(numbers).detach().to("cpu", torch.float64).reshape(-1)
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(f"--reward {what}: failed on {part[0]} ... ({_told(error)})") from error
-        if len(numbers) != len(part):
-            raise InputError(f"--reward {what}: {len(numbers)} numbers for {len(part)} images; accepted: one for each")
-        if not numbers.isfinite().all():
-            wrong = int((~numbers.isfinite()).nonzero()[0])
-            raise InputError(f"--reward {what}: {numbers[wrong]} for {part[wrong]}; accepted: finite numbers")
-        found.append(numbers)
-    return torch.cat(found) if found else torch.empty(0)
+    function, file = load_function(what)
+    made_by = hashlib.sha256(f"{checksum(file)} {what.rpartition(':')[2]}".encode()).hexdigest()[:16]
+    path, known = cache_folder / f"scores-{made_by}.safetensors", {}
+    with suppress(InputError, KeyError):  # of a damaged file nothing is taken
+        saved = read_weights(path) if path.exists() else {"keys": torch.empty(0), "scores": torch.empty(0)}
+        known = dict(zip((key.tobytes() for key in saved["keys"].numpy()), saved["scores"].tolist()))
+    keys = [hashlib.sha256(f"{checksum(place)} {prompt}".encode()).digest() for place, prompt in zip(paths, prompts)]
+    missing = list({key: i for i, key in enumerate(keys) if key not in known}.values())
+    last = time.monotonic()
+    for start in progress(range(0, len(missing), BATCH), what) if missing else ():
+        rows = missing[start : start + BATCH]
+        numbers = _checked(what, function, [paths[i] for i in rows], [prompts[i] for i in rows])
+        known.update(zip((keys[i] for i in rows), numbers.tolist()))
+        if time.monotonic() - last > 60 or start + BATCH >= len(missing):
+            table = torch.tensor([list(key) for key in known], dtype=torch.uint8)
+            write_tensors(path, {"keys": table, "scores": torch.tensor(list(known.values()), dtype=torch.float64)})
+            last = time.monotonic()
+    return torch.tensor([known[key] for key in keys], dtype=torch.float64)
+
+
+def _checked(what: str, function: Callable[..., Any], paths: Sequence[Path], prompts: Sequence[str]) -> Tensor:
+    """The numbers (B,) of one call of a function."""
+    images = [open_image(path) for path in paths]
+    try:
+        with torch.no_grad():
+            numbers = torch.as_tensor(function(images, list(prompts))).detach().to("cpu", torch.float64).reshape(-1)
+    except Exception as error:
+        raise InputError(f"--reward {what}: failed on {paths[0]} ... ({_told(error)})") from error
+    if len(numbers) != len(paths):
+        raise InputError(f"--reward {what}: {len(numbers)} numbers for {len(paths)} images; accepted: one for each")
+    if not numbers.isfinite().all():
+        wrong = int((~numbers.isfinite()).nonzero()[0])
+        raise InputError(f"--reward {what}: {numbers[wrong]} for {paths[wrong]}; accepted: finite numbers")
+    return numbers
 
 
 def _told(error: Exception) -> str:

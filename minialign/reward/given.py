@@ -150,7 +150,7 @@ class Rewards:
     def raw(self, term: Term, paths: Sequence[Path], prompts: Sequence[str]) -> Tensor:
         """The numbers (B,) of a term for image files and their prompts, on the CPU."""
         if term.is_function:
-            return call_function(term.what, paths, prompts)
+            return call_function(term.what, paths, prompts, self.folder / "cache")
         if term.is_model:
             own = term.what == LEARNED
             model = load_reward(self.folder / "reward" if own else Path(term.what), self.device)
