@@ -209,6 +209,9 @@ def test_the_clip_score_is_fitted_to_the_labels_that_are_not_held_out(run, capsy
     assert command(main, capsys, run, "--redo")[0] == 0
     ranks = read_weights(run / REWARDS)["reward"]
     torch.testing.assert_close(ranks, rank_within(*cosines(run)))
+    assert command(main, capsys, run, "--reward", f"clip-score:{EMBEDDED / 'clip'}=2", "--redo")[0] == 0
+    assert torch.equal(read_weights(run / REWARDS)["reward"], ranks)  # by another CLIP, which here is the same
+    assert len(list((run / "cache").glob("features-*.safetensors"))) == 1
     code, _, err = command(main, capsys, run, "--reward", "learned")
     assert code == 2 and "no labels; python -m minialign.label" in err
 
