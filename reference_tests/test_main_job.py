@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from minialign.pages import normal
+
 pytestmark = pytest.mark.slow
 
 
@@ -46,3 +48,11 @@ def test_fidelity_and_the_reward_are_measured_as_the_documents_say(run):
     assert frechet["base"] < 0.6 and frechet["fine-tuned"] > frechet["base"]
     new = {name: parts["new prompts"]["auc"] for name, parts in results["reward"]["measured"].items()}
     assert new["auxiliary"] > 0.9 and new["auxiliary"] > new["plain"]
+
+
+def test_the_band_of_normal_runs_is_of_this_model_and_its_defaults(run):
+    if not normal.FILE.exists():
+        pytest.skip("no normal.json; python -m minialign.pages.normal RUN RUN RUN makes it")
+    report = (run / "report.html").read_text()
+    assert "No bands of normal curves" not in report and "The bands hold all values" in report
+    assert "the images changed more than in any of" not in report

@@ -230,6 +230,13 @@ def test_almost_nothing(tmp_path: Path, tables: None) -> None:
     assert "Use the model" not in page  # there is none
 
 
+@pytest.mark.parametrize("seconds, told", [(59.4, "59.4 s"), (59.7, "1 min 0 s"), (2999.7, "50 min 0 s")])
+def test_no_minute_has_60_seconds(tmp_path: Path, tables: None, seconds: float, told: str) -> None:
+    assert f"{told} in all" in page_of(
+        write_run(tmp_path / "run", results() | {"seconds": {"total": seconds, "label": 1}})
+    )
+
+
 def test_the_same_run_gives_the_same_file(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", results())
     assert write_report(run).read_bytes() == write_report(run).read_bytes()

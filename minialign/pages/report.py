@@ -119,7 +119,7 @@ font:.85rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 @media(max-width:30rem){table{font-size:.8rem}th,td{padding-left:.6rem}td small{white-space:normal}
 td:first-child{min-width:5rem}}
 @media print{body{padding:0;max-width:none;font-size:.85rem}h2,h2+p,h3,.charts figcaption,summary{break-after:avoid}
-h2{margin-top:2rem}figure,tr,pre{break-inside:avoid}figure table{font-size:.72rem}figure td small{white-space:normal}
+h2{margin-top:2rem}figure,tr,pre,p{break-inside:avoid}figure table{font-size:.72rem}figure td small{white-space:normal}
 th,td{padding-left:.6rem}td:first-child{min-width:4.5rem}
 .pairs figcaption{max-height:none}summary{list-style:none}
 .pairs{grid-template-columns:repeat(3,1fr);gap:1rem}.two{font-size:.65rem}
@@ -367,7 +367,7 @@ def _cells(entries: Sequence[Mapping[str, Any]], percent: bool) -> list[str]:
             cells.append("–")
         elif i:
             ends, gain = entry.get("gain_ci95"), difference(entry["gain"], percent)
-            said = f"\n{significance(ends)}" if ends else ""
+            said = "\n" + significance(ends).replace(" %", "\N{NO-BREAK SPACE}%") if ends else ""
             cells.append(_minus(f"{gain}\n{interval(ends, percent, signed=True)}{said}"))
     return cells
 
@@ -592,4 +592,5 @@ def _minus(text: str) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
