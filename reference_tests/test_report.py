@@ -230,6 +230,30 @@ def test_almost_nothing(tmp_path: Path, tables: None) -> None:
     assert "Use the model" not in page  # there is none
 
 
+def test_how_many_labels_are_enough_is_shown_where_it_was_measured(tmp_path: Path, tables: None) -> None:
+    values = results()
+    ends = [[0.71, 0.81], [0.78, 0.86], None]
+    several = {"value": [0.76, 0.82, 0.85], "ci95": ends}
+    curve = {"labels": [256, 512, 1024], "splits": 5, "held_out_prompts": 0.2} | dict.fromkeys(
+        ("auc", "accuracy"), several
+    )
+    curve |= {"pairs": {"value": [None, 0.8, 0.9], "ci95": [None] * 3}, "gain": {"value": 0.03, "ci95": [0.01, 0.05]}}
+    values["reward"]["curve"] = curve
+    page = page_of(write_run(tmp_path / "run", values))
+    parse(page)
+    assert "mean of 5 random splits" in page and "from 512 to 1,024, changed the AUC by +0.030" in page
+    rows = re.findall("<td>([^<]*)<", page[page.index("pairs ranked right") : page.index("<td>AUC<")])
+    assert rows[:4] == ["256", "0.760", "76.0 %", "–"] and rows[8:12] == ["1,024", "0.850", "85.0 %", "90.0 %"]
+    assert "How many labels" not in page_of(write_run(tmp_path / "other", results()))
+
+
+def test_the_chart_of_labels_has_a_point_for_each_number() -> None:
+    pytest.importorskip("matplotlib")
+    curve = {"labels": [64, 128, 256], "auc": {"value": [None, 0.7, 0.8], "ci95": [None, [0.6, 0.8], None]}}
+    chart = figures.svg("labels", partial(figures.by_labels, curve), (4, 3))
+    assert ">128</text>" in chart and ">256</text>" in chart and ">64</text>" not in chart
+
+
 @pytest.mark.parametrize("seconds, told", [(59.4, "59.4 s"), (59.7, "1 min 0 s"), (2999.7, "50 min 0 s")])
 def test_no_minute_has_60_seconds(tmp_path: Path, tables: None, seconds: float, told: str) -> None:
     assert f"{told} in all" in page_of(

@@ -298,6 +298,23 @@ def curve(points: np.ndarray, length: int, band: Mapping[str, Any] | None, figur
     axes.grid(axis="y")
 
 
+def by_labels(measured: Mapping[str, Any], figure: Any) -> None:
+    """AUC by the number of labels that a reward learned from, on an axis where doublings are as far apart."""
+    axes = figure.subplots()
+    shown = [
+        one for one in zip(measured["labels"], measured["auc"]["value"], measured["auc"]["ci95"]) if one[1] is not None
+    ]
+    labels, values, spans = zip(*shown)
+    axes.plot(labels, values, color=PALETTE["tuned"], marker=".", linewidth=1.2)
+    for number, value, span in shown:
+        axes.vlines(number, *(span or (value, value)), color=PALETTE["tuned"], linewidth=1)
+    axes.set(xscale="log", xlabel="labels")
+    axes.set_xticks(labels, [f"{number:,}" for number in labels])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    axes.grid(axis="y")
+
+
 def stages(times: Mapping[str, float], told: Callable[[float], str], figure: Any) -> None:
     """A bar for the seconds of each stage, with `told` of them beside it."""
     axes = figure.subplots()

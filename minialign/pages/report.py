@@ -36,6 +36,7 @@ from .cards import (
     number,
     reward_words,
     significance,
+    twice_as_many,
 )
 
 TOLD = {"new combinations": "new combination", "new objects": "new object", "unseen": "unseen prompt"}  # of one prompt
@@ -433,8 +434,26 @@ def _reward(reward: Mapping[str, Any]) -> str:
     rows = [cells for cells in rows if set(cells[1:]) != {"–"}]
     note = f"""<p>Measured on labels that it did not learn from. <em>Known prompts</em> have other images among those
 that it learned from; <em>new prompts</em> have none.{_of_labels(reward)}</p>"""
+    charts.append(_by_labels(reward.get("curve") or {}))
     section = _section("The reward model", [*charts, _table(("", *splits), rows if splits else [])])
     return section.replace("</h2>", f"</h2>{note}", 1)
+
+
+def _by_labels(curve: Mapping[str, Any]) -> str:
+    """The chart of how well a reward predicts by the number of labels, where it was measured (reward --curve)."""
+    if not any(value is not None for value in (curve.get("auc") or {}).get("value", [])):
+        return ""
+    rows = []
+    for i, labels in enumerate(curve["labels"]):
+        cells = [f"{labels:,}"]
+        for key, percent in (("auc", False), ("accuracy", True), ("pairs", True)):
+            ends = curve[key]["ci95"][i]
+            cells.append(_number(curve[key]["value"][i], percent) + (f"\n{interval(ends, percent)}" if ends else ""))
+        rows.append(cells)
+    note = f""": AUC on prompts that are held out whole, mean of {curve["splits"]} random splits, 95&nbsp;% intervals.
+{escape(_minus(twice_as_many(curve)))}"""
+    table = _table(("labels", "AUC", "accuracy", "pairs ranked right"), rows)
+    return _figure("How many labels", note, table, partial(figures.by_labels, curve), (4.3, 2.6))
 
 
 def _of_labels(reward: Mapping[str, Any]) -> str:
