@@ -58,7 +58,7 @@ def dtype(request):
     return getattr(torch, request.config.getoption("--dtype"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def host(device, dtype):
     """For what has nothing to do with the device and the dtype."""
     if device.type != "cpu" or dtype != torch.float32:

@@ -24,7 +24,7 @@ from minialign.pages import figures
 
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- measured: python bench/report.py -->", "<!-- end of what was measured -->"
-TITLE = "## Measured on "
+TITLE, PICTURE = "## Measured on ", "\n\n![scaling](scaling.png)"
 COUNTS = {
     "flops": "FLOPs",
     "moved": "bytes moved",
@@ -140,6 +140,8 @@ def write(text: str) -> None:
     sections = [part.strip() for part in re.split(f"^(?={TITLE})", measured, flags=re.M) if part.strip()]
     titles = [part.splitlines()[0] for part in sections]
     title = text.splitlines()[0]
+    if PICTURE in text:  # which shows this machine from now on
+        sections = [part.replace(PICTURE, "") for part in sections]
     place = titles.index(title) if title in titles else len(titles)
     sections[place : place + 1] = [text]
     path.write_text(
@@ -151,7 +153,8 @@ def _details(info: dict[str, Any], date: str) -> str:
     known = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in info["cpu"].get("flags", [])]
     versions = ", ".join(f"{name} {number}" for name, number in info["versions"].items())
     python = f"Python {info['python_version']}"
-    return f"{date}: {', '.join([*known, '{} torch threads'.format(info['threads'])])}; {python}, {versions}."
+    known.append(f"torch threads: {info['threads']}")
+    return f"{date}: {', '.join(known)}; {python}, {versions}."
 
 
 def _seconds(value: float) -> str:
@@ -235,8 +238,8 @@ def _slopes(sweeps: list[dict[str, Any]]) -> str:
         for name, y in s["lines"].items():
             ends = [f"{_seconds(value)} at {x:,}" for x, value in ((s["x"][0], y[0]), (s["x"][-1], y[-1]))]
             rows.append([s["sweep"], name, f"{_slope(s['x'], y):.2f}", *ends])
-    text = "The slope is that of the logarithms: 1 is proportional growth, 0 none.\n\n![scaling](scaling.png)"
-    return "### How cost grows\n\n" + _table(["what grows", "", "slope", "from", "to"], rows) + "\n\n" + text
+    text = "\n\nThe slope is that of the logarithms: 1 is proportional growth, 0 none."
+    return "### How cost grows\n\n" + _table(["what grows", "", "slope", "from", "to"], rows) + text + PICTURE
 
 
 def _plot(sweeps: list[dict[str, Any]], path: Path) -> None:

@@ -49,7 +49,9 @@ def test_report_makes_the_page(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(report, "DOCS", tmp_path)
     page = tmp_path / "benchmarks.md"
-    page.write_text(f"by hand\n{report.BEGIN}\n\n{report.TITLE}a GPU, bfloat16\n\nkept\n\n{report.END}\nmore\n")
+    page.write_text(
+        f"by hand\n{report.BEGIN}\n\n{report.TITLE}a GPU, bfloat16\n\nkept{report.PICTURE}\n\n{report.END}\nmore\n"
+    )
     sweep = {"sweep": "that", "unit": "images", "x": [1, 10], "lines": {"minialign": [0.1, 1.0]}}
     alone = {"group": "import", "param": "torch", "stats": {"rounds": 5, "median": 2.0, "q1": 1.9, "q3": 2.1}}
     note = entry("noted", extra_info={"work": "a job", "note": "took long"})
@@ -61,7 +63,7 @@ def test_report_makes_the_page(tmp_path, monkeypatch):
     assert (
         text.startswith("by hand\n") and text.endswith("\nmore\n") and "## Measured on a GPU, bfloat16\n\nkept" in text
     )
-    assert text.count("## Measured on 2 cores of a CPU, float32") == 1
+    assert text.count("## Measured on 2 cores of a CPU, float32") == text.count(report.PICTURE) == 1
     for row in (
         "| this | 2.50 | 2.50–2.50 | 10 | 2 met | 10 ms | 25 ms |",
         "| this | 0.50 | 0.4 missed | 1 MiB | 2 MiB |",
@@ -172,14 +174,13 @@ def test_the_clock_of_a_gpu_waits_for_it(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_benchmarks_run_on_any_device(tmp_path):
+def test_the_benchmarks_run_on_any_device():
     """On the meta device, which has no content but refuses tensors of two devices; what needs content is skipped."""
     pytest.importorskip("diffusers")
-    files = [str(path) for path in BENCH.glob("test_*.py")]
-    command = [sys.executable, "-m", "pytest", *files, "--device", "meta", "-q", "--benchmark-disable", "-p"]
-    done = subprocess.run([*command, "no:cacheprovider"], cwd=BENCH.parent, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "bench/", "--device", "meta", "--benchmark-disable", "-q"]
+    done = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=BENCH.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert re.search(r"^16 passed", done.stdout.splitlines()[-1]), done.stdout
+    assert int(re.match(r"(\d+) passed", done.stdout.splitlines()[-1])[1]) >= 16, done.stdout
 
 
 @pytest.mark.slow
