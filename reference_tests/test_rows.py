@@ -20,14 +20,14 @@ def images(tmp_path):
     return tmp_path
 
 
-def taken(images, rows, how=None, kind="json", name="theirs", unlabelled=False):
+def taken(images, rows, how=None, kind="json", name="theirs"):
     """A file of rows imported into a new run: its labels (prompt, image, labeller, verdict, soft) and comparisons."""
     path, run = images / f"{name}.{kind}", images / "run"
     if kind == "csv":
         path.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
     else:
         path.write_text("\n".join(map(json.dumps, rows)) if kind == "jsonl" else json.dumps(rows, indent=1))
-    import_into_run(run, path, how or Reading(), unlabelled)
+    import_into_run(run, path, how or Reading())
     with closing(FeedbackStore(run)) as store:
         labels = [(row[0], row[1].rsplit("/")[-1], row[3], row[2], row[8]) for row in store.label_rows()]
         names = {image.id: image.path.name for image in store.images()}

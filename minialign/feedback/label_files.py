@@ -161,15 +161,12 @@ def import_labels(store: FeedbackStore, path: Path, how: Reading = USUAL) -> tup
     Images that are not in the store are added. A label without a labeller is by the file's name, with a number where
     the file judges a pair of prompt and image again; without a time it is now.
     """
-    return store.merge(*_new(store.folder, path, how))
+    return store.merge(*new_judgements(store.folder, path, how))
 
 
-def import_into_run(folder: Path, path: Path, how: Reading = USUAL, unlabelled: bool = False) -> tuple[int, int]:
-    """`import_labels` into the store of a run, which is made where there is none; nothing is left where this fails.
-
-    unlabelled: images without a label are added too.
-    """
-    return merge_into_run(folder, *_new(folder, path, how, unlabelled))
+def import_into_run(folder: Path, path: Path, how: Reading = USUAL) -> tuple[int, int]:
+    """`import_labels` into the store of a run, which is made where there is none; nothing is left where this fails."""
+    return merge_into_run(folder, *new_judgements(folder, path, how))
 
 
 def merge_into_run(
@@ -196,10 +193,10 @@ def merge_into_run(
         raise
 
 
-def _new(
-    folder: Path, path: Path, how: Reading, unlabelled: bool = False
+def new_judgements(
+    folder: Path, path: Path, how: Reading = USUAL, unlabelled: bool = False
 ) -> tuple[list[NewLabel], list[NewComparison]]:
-    """The labels and comparisons of a file as the store of a run takes them."""
+    """The labels and comparisons of a file (`read_judgements`) as the store of the run `folder` takes them."""
     root = folder.resolve()
     unnamed = clean_name(path.stem[: LONGEST_NAME - 8]) or "a file"
     times: Counter[Any] = Counter()

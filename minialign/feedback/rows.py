@@ -186,7 +186,9 @@ def _files(row: Mapping[str, Any], what: str, where: str, values: list[Any], of:
     if not all(isinstance(file, str) and file for file in files):
         raise InputError(f"{where}: {what} {files!r:.80}; accepted: a list of image files")
     if len(files) != len(values) or len(files) < 2:
-        raise InputError(f"{where}: {len(files)} images in {what}, {len(values)} numbers in {of}; accepted: as many")
+        raise InputError(
+            f"{where}: {len(files)} images in {what}, {len(values)} numbers in {of}; accepted: as many, two or more"
+        )
     return files
 
 

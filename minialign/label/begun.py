@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..data import Skipped, Unusable, read_pairs
 from ..engine.run import check_folder
-from ..feedback import FeedbackStore, NewLabel, Reading, check_image, import_into_run, merge_into_run, read_judgements
+from ..feedback import FeedbackStore, NewLabel, Reading, check_image, merge_into_run, new_judgements
 from ..files import InputError
 from .book import number
 
@@ -31,19 +31,16 @@ def begin(source: Path, out: Path | None, how: Reading) -> tuple[Path, list[Path
     """
     run = out or Path("runs") / (source.resolve().name if source.is_dir() else source.stem)
     check_folder(run)
-    if source.is_dir():
-        rows = folder_images(source)
-        images = {(row.prompt, Path(row.image)) for row in rows}
-    else:
-        labels, compared = read_judgements(source, how, unlabelled=True)
-        images = {(row.prompt, row.image) for row in labels}
-        images |= {(row.prompt, path) for row in compared for path in (row.image, row.other)}
-    if (run / "feedback.sqlite").exists():
+    rows, pairs = (folder_images(source), []) if source.is_dir() else new_judgements(run, source, how, unlabelled=True)
+    named = [(row.prompt, row.image) for row in rows]
+    named += [(row.prompt, image) for row in pairs for image in (row.image, row.other)]
+    images = {(prompt, Path(os.path.realpath(run / image))) for prompt, image in named}
+    if out is None and (run / "feedback.sqlite").exists():
         with closing(FeedbackStore(run)) as store:
             known = {(image.prompt, Path(os.path.realpath(image.file))) for image in store.images()}
-        if out is None and known and not known & images:
+        if known and not known & images:
             raise InputError(f"{run}: holds other images than {source}; accepted: --out RUN, another folder")
-    merge_into_run(run, rows) if source.is_dir() else import_into_run(run, source, how, unlabelled=True)
+    merge_into_run(run, rows, pairs)
     print(f"{run}: a run of the {number(len(images), 'image')} of {source}, which stay where they are")
     return run, sorted({path.parent for _, path in images})
 
