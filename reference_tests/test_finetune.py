@@ -472,7 +472,7 @@ def test_comparisons_alone_go_through_the_same_code_and_another_file_takes_their
     assert code == 2 and "--columns, --skip, --good-from, --scale: say how --feedback FILE is read, and need it" in err
     columns = ("--columns", "generations=images,ranking=ranks")
     code, out, err = command(main, capsys, *arguments, "--feedback", pairs, *columns)
-    assert code == 0 and "18 comparisons and no label: there is no auxiliary loss" in err, err
+    assert code == 0 and "18 comparisons and no label: r is only relative" in err, err
     results = results_of(run)
     assert results["counts"]["labels"] == 0 and results["reward"]["comparisons"] == 18
     assert (run / "report.html").exists() and "comparisons alone" in (run / "reward" / "README.md").read_text()

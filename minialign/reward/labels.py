@@ -88,11 +88,12 @@ def read_comparisons(folder: Path) -> list[Compared]:
 def check_labels(folder: Path, labels: dict[int, float], prompts: int, comparisons: int = 0) -> None:
     """Say what few or one-sided labels mean; InputError where there is nothing to learn from."""
     if comparisons:
-        if not any(labels.values()):
-            alone = "no image is labelled good" if labels else f"{comparisons} comparisons and no label"
-            warn(f"{alone}: there is no auxiliary loss, which is on images labelled good")
+        without = "there is no auxiliary loss, for no image is labelled good"
         if not labels:
-            warn("r tells only which of two images of a prompt is better: its level, and a weight by it, is relative")
+            relative = "r is only relative, it tells which of two images of a prompt is better, not whether one is good"
+            warn(f"{comparisons} comparisons and no label: {relative}; {without}")
+        elif not any(labels.values()):
+            warn(without)
         return
     if not labels:
         raise InputError(f"{folder}: no labels; python -m minialign.label {folder} takes them")
