@@ -9,10 +9,7 @@ knows only repeats meets an image in proportion to its reward, rounded to tenths
 
 from __future__ import annotations
 
-import csv
-import json
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..feedback import FeedbackStore, StoredImage
+from ..feedback.tables import write_rows
 from ..files import InputError, atomic, read_weights
 
 COLUMNS = ("image", "prompt", "reward", "weight")
@@ -58,15 +56,8 @@ def write_table(images: Sequence[StoredImage], reward: Tensor, path: Path) -> st
     """A row of COLUMNS for each image; paths are relative to the file's folder."""
     places = (os.path.relpath(image.file, path.absolute().parent) for image in images)
     numbers = zip(reward.tolist(), (reward / reward.mean()).tolist())
-    rows = [(place, image.prompt, round(r, 6), round(w, 6)) for place, image, (r, w) in zip(places, images, numbers)]
-    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        if path.suffix.lower() == ".jsonl":
-            file.writelines(json.dumps(dict(zip(COLUMNS, row)), ensure_ascii=False) + "\n" for row in rows)
-        else:
-            table = csv.writer(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-            table.writerow(COLUMNS)
-            for place, prompt, *rest in rows:  # an apostrophe, so that a spreadsheet runs no formula
-                table.writerow([*(re.sub(r"^(?='*[=+\-@\t\r])", "'", text) for text in (place, prompt)), *rest])
+    rows = ((place, image.prompt, round(r, 6), round(w, 6)) for place, image, (r, w) in zip(places, images, numbers))
+    write_rows(path, COLUMNS, rows)
     return f"{len(images)} images"
 
 
