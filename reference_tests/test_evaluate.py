@@ -496,7 +496,7 @@ def test_sets_are_in_the_results_and_told(drawn, tmp_path, undrawn):
     assert by_rater.keys() == {"simulated annotator", "nine noisy copies"}
     for models in by_rater.values():
         (groups,) = models.values()
-        assert groups["overall"]["n"] == 4 and groups["seen"]["n"] + groups["unseen"]["n"] == 4
+        assert groups["overall"]["n"] == 4 and groups["seen"]["n"] + groups["new combinations"]["n"] == 4
     told = comparison(found)
     assert "alignment of sets of 2 images of a prompt, against the first model's" in told
     assert "by nine noisy copies: won " in told and " of 4" in told
