@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -522,7 +523,7 @@ def test_pairs_from_a_folder_adapters_and_everything_switched_on(tmp_path, monke
     out, cache = tmp_path / "run", tmp_path / "cache"
     code, _, err = command(main, capsys, *base, *more, "--out", out, "--cache", cache)
     assert code == 0, err
-    page = (out / "report.html").read_text()
+    page = re.sub("</?span>", "", (out / "report.html").read_text())  # around a flag and its value
     assert all(flag in page for flag in ("--lora 2", "--warmup 0", "--gradient-checkpointing", "--min-snr 5"))
     assert [path.name for path in sorted((out / "validation").iterdir())] == ["step-2.png", "step-4.png"]
     assert Image.open(out / "validation" / "step-2.png").size == (4 * 64, 2 * 64)

@@ -30,7 +30,7 @@ def small(file, out, *more):
 def test_images_and_store_belong_together(tmp_path, file, monkeypatch, capsys):
     run = tmp_path / "run"
     code, out, _ = command(main, capsys, *small(file, run, "--seed", 3))
-    assert code == 0 and f"{run}: 6 images of 3 prompts" in out
+    assert code == 0 and f"{run}: 6 images for 3 prompts" in out
     store = FeedbackStore(run)
     images = store.images()
     store.close()
