@@ -18,10 +18,19 @@ COLORS = {"good": "#17764a", "bad": "#b0412b", "skip": "#5d6269"}
 
 
 def first_samples(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first sample of each of the groups that there are, then the second of each, up to the number of columns."""
+    """The first sample of each of the groups that there are, then the second of each, up to the number of columns.
+
+    Where there are more groups than columns, a category has one with feedback and one without: new combinations and new
+    objects take turns.
+    """
     kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for sample in samples:
         kinds.setdefault(tuple(sample["groups"]), []).append(sample)
+    first, *others = dict.fromkeys(kind[-1] for kind in kinds)
+    if len(kinds) > COLUMNS and others:
+        categories = list(dict.fromkeys(kind[0] for kind in kinds))
+        turns = {category: (first, others[i % len(others)]) for i, category in enumerate(categories)}
+        kinds = {kind: some for kind, some in kinds.items() if kind[-1] in turns[kind[0]]}
     chosen = [sample for k in range(COLUMNS) for kind in kinds.values() for sample in kind[k : k + 1]][:COLUMNS]
     return sorted(chosen, key=lambda sample: list(kinds).index(tuple(sample["groups"])))
 

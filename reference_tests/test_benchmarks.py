@@ -216,6 +216,17 @@ def test_saved_runs_are_kept_and_compared(tmp_path):
     assert second.returncode != 0 and "Performance has regressed" in second.stdout + second.stderr
 
 
+def test_before_after_has_every_kind_without_feedback_where_columns_are_few():
+    categories, sides = ("count", "color", "background", "combination"), ("seen", "new combinations", "new objects")
+    samples = [{"groups": [one, side], "seed": k} for side in sides for one in categories for k in range(2)]
+    chosen = before_after.first_samples(samples)
+    assert all(sample["seed"] == 0 for sample in chosen) and len(chosen) == 8
+    assert [tuple(sample["groups"]) for sample in chosen] == [
+        *((one, "seen") for one in categories), ("count", "new combinations"), ("background", "new combinations"),
+        ("color", "new objects"), ("combination", "new objects"),
+    ]  # fmt: skip
+
+
 def test_before_after_shows_the_first_sample_of_each_kind_of_prompt(tmp_path):
     """Nothing is chosen: images stand in columns by kind of prompt, the base model's above, verdicts below them."""
     values = results()
