@@ -382,6 +382,7 @@ def test_flags_in_the_text_are_known(page):
 @pytest.fixture(scope="module")
 def left(tmp_path_factory):
     """A folder with what each command leaves of a tiny job, with nearly everything switched on."""
+    # Eight whole commands, two of them fine-tuning jobs: its tests are slow.
     folder = tmp_path_factory.mktemp("left")
     run, own, generated, labels = (folder / name for name in ("run", "own", "generated", "labels.csv"))
     pairs = pretraining_pairs(folder / "pairs")
@@ -427,6 +428,7 @@ def is_named(path: str, names: list[str]) -> bool:
     return any(is_named(path[folder.end() :], names) for folder in folders if folder)
 
 
+@pytest.mark.slow
 def test_every_file_that_is_left_is_named(left):
     names = named()
     for run in ("run", "own", "generated", "pretrain"):
@@ -434,12 +436,14 @@ def test_every_file_that_is_left_is_named(left):
         assert files and [file for file in files if not is_named(file, names)] == [], run
 
 
+@pytest.mark.slow
 def test_every_file_that_is_named_is_left(left):
     pytest.importorskip("tensorboard"), pytest.importorskip("matplotlib")
     files = [path.relative_to(left).as_posix() + "/" * path.is_dir() for path in left.rglob("*")]
     assert [name for name in named() if not any(re.fullmatch(rf".*/{name}", f"/{file}") for file in files)] == []
 
 
+@pytest.mark.slow
 def test_the_tables_of_the_store_are_those_of_the_page(left):
     table, told = "", set()
     for row in re.findall(r"^\| (`\w+`)? ?\| (`\w+`(?:, `\w+`)*) \|", sections(FORMATS)["feedbacksqlite"], re.M):
@@ -452,6 +456,7 @@ def test_the_tables_of_the_store_are_those_of_the_page(left):
     assert told == set(there) and f"schema's version, {version}" in FORMATS.read_text()
 
 
+@pytest.mark.slow
 def test_what_is_in_json_files_is_named(left):
     """The keys of the objects that commands leave, in the row of their file or on the page's way there."""
     page = FORMATS.read_text()
@@ -480,6 +485,7 @@ def test_the_table_of_settings_is_the_programs():
     assert [tuple(row.split(" | ")) for row in rows] == expected
 
 
+@pytest.mark.slow
 def test_checksums_are_as_the_system_reads_them(left):
     if shutil.which("sha256sum") is None:
         pytest.skip("no sha256sum")

@@ -260,7 +260,8 @@ def test_a_function_counts_by_its_content_and_runs_only_where_it_is_named(run, t
 def test_the_main_job_runs_by_a_function_without_a_label(tmp_path, capsys):
     (tmp_path / "mine.py").write_text(REDNESS)
     reward = ("--reward", f"{tmp_path / 'mine.py'}:redness")
-    small = flags({key: value for key, value in SMALL.items() if key != "labels"})
+    fewer = SMALL | {"images": 16, "steps": 2, "test_images": 8}
+    small = flags({key: value for key, value in fewer.items() if key != "labels"})
     code, out, err = command(finetune, capsys, tmp_path / "run", *small, *reward)
     assert code == 0 and "label: no labels; --reward does without" in out, err
     results = json.loads((tmp_path / "run" / "results.json").read_text())
