@@ -131,7 +131,7 @@ def test_reward_training(compare):
 @pytest.mark.slow
 @pytest.mark.usefixtures("host")
 def test_main_job(benchmark, tmp_path):
-    """The whole default run on the embedded world, in a process of its own."""
+    """The whole default run on the bundled model, in a process of its own."""
     command = [sys.executable, "-m", "minialign.finetune", "--out", str(tmp_path / "run")]
     begin = time.perf_counter()
     benchmark.pedantic(subprocess.run, args=(command,), kwargs={"check": True, "capture_output": True}, rounds=1)
@@ -140,6 +140,6 @@ def test_main_job(benchmark, tmp_path):
     seconds = results["seconds"]
     stages = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if name != "total")
     benchmark.extra_info |= {
-        "work": "the embedded main job, whole",
+        "work": "the main job on the bundled model",
         "note": f"{whole:.0f} s, of which {stages}",
     }

@@ -776,8 +776,8 @@ def test_images_that_no_run_can_be_begun_with_are_one_line(run, tmp_path, monkey
         (("thesis",), "thesis: holds no images with captions"),
         (("x.csv",), "x.csv, line 3: image photos/nowhere.png does not exist"),
         (("x.csv", "--out", "thesis"), "thesis: holds files that are not a run's"),
-        ((run, "--out", "mine"), "--out, and how a file is read, go with a folder or file of images"),
-        ((run, "--good-from", 3), "--out, and how a file is read, go with a folder or file of images"),
+        ((run, "--out", "mine"), "--out and the flags for label files are accepted only with images to begin a run"),
+        ((run, "--good-from", 3), "--out and the flags for label files are accepted only with images to begin a run"),
         ((run, "--import", "x.csv", "--out", "mine"), "--out: goes with a folder or file of images"),
         (("nowhere",), "nowhere: no feedback.sqlite in it; accepted: a run's folder, or images to begin one"),
     ):
@@ -919,7 +919,7 @@ def test_sets_are_compared_blind_and_won_by_two_thirds(tmp_path, monkeypatch, ca
     lines = [json.loads(line) for line in (tmp_path / "votes.jsonl").read_text().splitlines()]
     assert [line["images"] for line in lines] == [4] * 6 and lines[0]["image"] == "run/images/000.png"
     for arguments, message in (
-        ((run, "--sets", 4), "--sets 4: of what is compared; accepted with --compare OTHER"),
+        ((run, "--sets", 4), "--sets 4: accepted only with --compare OTHER"),
         ((run, "--compare", other, "--sets", 6), "its store holds no 6 images of a prompt that is in"),
         ((run, "--compare", other, "--sets", 10), "--sets: '10'; accepted: a whole number from 1 to 9"),
     ):

@@ -1,7 +1,7 @@
 """The settings of a run, one row each: parsers, defaults, recipes, the report's command and the docs' table read this.
 
 A run remembers its settings in config.json. The value of a setting is what the command line gives, else what its recipe
-stands for, else what the run remembers, else the default of the run's world: the embedded one, or the user's own model.
+stands for, else what the run remembers, else the default: of the bundled model, or of the user's own model.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ SETTINGS = tuple(
         ("reward_learning_rate", ("reward",), 3e-4, 3e-4, fraction, "learning rate of the reward model, AdamW"),
         ("comparison_temperature", ("reward",), 0.2, 0.2, positive, "T of the loss on compared images"),
         ("contrastive", ("reward",), None, None, str,
-         "JSON file of contrastive prompts, prompt -> [prompts], in place of the rule for the prompts that it has",
+         "JSON file of contrastive prompts, prompt -> [prompts]; prompts that it lacks keep the rule",
          {"source": True}),
         ("balanced", ("reward",), False, False, switch, "sample good and bad images equally often"),
         ("soft", ("reward",), False, False, switch, "learn the mean of an image's labels in place of their majority"),
@@ -147,13 +147,13 @@ SETTINGS = tuple(
         ("warmup", TUNING, 20, 20, in_range(int, 0), "steps in which the learning rate rises"),
         ("weighting", TUNING, "reward", "reward", ("reward", "threshold", "exponential"),
          "weight of a model image: its reward r (the paper); 1 where r > tau, else 0; exp((r - 1) / tau)"),
-        ("tau", TUNING, None, None, positive, "tau of the weighting; threshold has 0.5, exponential 0.2 unless given"),
+        ("tau", TUNING, None, None, positive, "tau of the weighting (default: 0.5 of threshold, 0.2 of exponential)"),
         ("image_sampling", TUNING, "proportional", "proportional", ("proportional", "uniform"),
          "model images of a step: in proportion to their weights, or uniform and weighted in the loss (the paper)"),
         ("clip_norm", TUNING, 1.0, 1.0, positive, "largest norm of the gradient"),
         ("ema", TUNING, 0.0, 0.0, in_range(float, 0, 0.999999), "decay of a moving average of the weights; 0: none"),
         ("prompt_dropout", TUNING, 0.1, 0.1, fraction,
-         "fraction of the prompts that are replaced by the empty prompt, for guidance"),
+         "fraction of training prompts that are replaced by the empty prompt, for guidance"),
         ("min_snr", TUNING, 0.0, 0.0, in_range(float, 0), "gamma of the min-SNR weight of timesteps; 0: none"),
         ("noise_offset", TUNING, 0.0, 0.0, fraction, "standard deviation of noise that is constant over a channel"),
         ("lora", TUNING, 0, 0, in_range(int, 0), "rank of LoRA adapters to train in place of the UNet; 0: all weights"),
@@ -162,7 +162,7 @@ SETTINGS = tuple(
         ("test_images_per_prompt", ("evaluate",), None, None, in_range(int, 1, 1000),
          "evaluation images of each prompt (default: spread evenly over the prompts)"),
         ("sets", ("evaluate",), 0, 0, in_range(int, 0, 64),
-         "compare sets of so many images of a prompt, won by two thirds of the raters; 4 in the paper; 0: none"),
+         "compare sets of N images of a prompt; two thirds of the raters decide; 4 in the paper; 0: no sets"),
         # ---------------------------------------------------------------------------------------------------- hardware
         ("dtype", TUNING, "float32", "float32", PRECISIONS, "precision of fine-tuning", {"group": "hardware"}),
         *(

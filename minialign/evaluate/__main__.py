@@ -2,7 +2,7 @@
 
 Compares models, the fine-tuned model of a run with its base unless others are named. They sample from the same new
 noise for the same prompts, and are judged by the run's reward model, by CLIP, by people (python -m minialign.label on
-the folders of RUN/compare) or, in the embedded world, by the simulated annotator.
+the folders of RUN/compare) or, with the bundled model, by the simulated annotator.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="folder of a run; the result is in its results.json and report.html")
     add_run_flags(parser)
-    what = "models to compare, gains are over the first: folders, hub ids, .safetensors files, or embedded"
+    what = "models to compare, the first is the baseline: folders, hub ids, .safetensors files, or embedded"
     add("--models", nargs="+", metavar="MODEL", help=f"{what} (default: the run's base model and RUN/model)")
-    add("--prompts", type=Path, help="file of prompts (default: the run's, and those that its grammar holds out)")
+    add("--prompts", type=Path, help="file of prompts (default: the run's, and prompts that its grammar holds out)")
     add("--reward", type=Path, help="a reward model's folder (default: RUN/reward, where there is one)")
-    add("--reference", type=Path, help="folder of images that distances are to (default: the run's good ones)")
+    add("--reference", type=Path, help="folder of reference images for the distances (default: the run's good images)")
     add_flags(parser, "evaluate", without=["model", "variant", "vae"])
     return parser.parse_args(arguments)
 

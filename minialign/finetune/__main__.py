@@ -43,7 +43,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add = parser.add_argument
     own = "runs/shapes; with --model or --feedback: runs/own"
     add("run", type=Path, nargs="?", metavar="RUN", help=f"the run's folder (default: {own})")
-    add("--out", type=Path, metavar="RUN", help="the same")
+    add("--out", type=Path, metavar="RUN", help="another way to give the run's folder")
     add_run_flags(parser)
     add("--fresh", action="store_true", help="start over: remove what an earlier run left in the folder")
     add(
@@ -52,7 +52,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="FILE",
         help="label file to import: CSV or JSON with prompt, image, label, or with pairs or rankings of images",
     )
-    add("--recipe", choices=RECIPES, help="paper: the settings of Lee et al. 2023 as if they were given")
+    add("--recipe", choices=RECIPES, help="paper: the settings of Lee et al. 2023, unless a flag gives another value")
     add("--cache", type=Path, help="folder of latents and text contexts that runs may share (default: RUN/cache)")
     add_reading_flags(parser)
     add_flags(parser, *STAGES)
@@ -122,15 +122,15 @@ def collect(
             generate_images(run, settings, load, planned(settings, run.world), redo)
     else:
         check_world(run, flags)
-        say(f"generate: {images} images are there")
+        say(f"generate: the run already has {images} images")
     if "label file" in run.stages.get("label", {}).get("made_from", {}):
         check_again(run, "label", {})
     elif "label" in run.stages or (learned and not labels and run.world == WORLD):
         annotate_run(run, settings, redo)
     elif labels:
-        say(f"label: {labels} labels and comparisons are there")
+        say(f"label: the run already has {labels} labels and comparisons")
     elif not learned:
-        say("label: no labels; --reward does without")
+        say("label: no labels; the reward of --reward needs none")
     else:
         raise InputError(f"{run.folder}: no labels; python -m minialign.label {run.folder} takes them")
 

@@ -70,15 +70,15 @@ def _origin(text: str) -> str:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="python -m minialign.label", description=(__doc__ or "").split("\n\n")[1])
     add = parser.add_argument
-    what = "a run's folder; or a folder of images with captions, or a file with columns prompt, image: begins a run"
+    what = "a run's folder; or images to make a run of: a folder with captions, or a file with columns prompt, image"
     add("run", type=Path, metavar="RUN", help=what)
-    begun = "of a folder or file of images: the run's folder (default: runs/NAME, by its name)"
+    begun = "folder of a run that is made of images (default: runs/NAME, NAME of the folder or file)"
     add("--out", type=Path, metavar="RUN", help=begun)
-    other = "another run, or a folder of images of the same names: show two images of a prompt, blind; which is better?"
+    other = "another run, or a folder of images with the same names: ask blind which image of two is better"
     add("--compare", type=Path, metavar="OTHER", help=other)
     sets = "with --compare: sets of N images of a prompt in place of single ones; 4 in the paper (default: 1)"
     add("--sets", type=in_range(int, 1, LARGEST_SET), default=1, metavar="N", help=sets)
-    add("--labeller", type=_name, help="who labels (default: the page asks)")
+    add("--labeller", type=_name, help="name of the labeller (default: the page asks)")
     guide = "instructions for labellers, shown as plain text on the first page and under Help"
     add("--guide", type=Path, metavar="FILE.md", help=guide)
     enough = "stop asking for an image once N people have labelled it (default: everybody labels every image)"
@@ -90,19 +90,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--origin",
         type=_origin,
         metavar="URL",
-        help="address of the page behind a proxy, such as https://example.org/label",
+        help="public address of the page behind a proxy, such as https://example.org/label",
     )
-    token = f"file whose first line is the token (default: the environment's {TOKEN}, else a new one is made)"
+    token = f"file whose first line is the page's token (default: environment variable {TOKEN}, else a new token)"
     add("--token-file", type=Path, metavar="FILE", help=token)
     add("--no-browser", action="store_true", help="do not open the page")
     instead = parser.add_mutually_exclusive_group()
     written = "write labels (with --compare: comparisons) to a file: .csv, .tsv or .jsonl"
     instead.add_argument("--export", type=Path, metavar="FILE", help=written)
-    taken = "add the labels or comparisons of a file, as prompt, image, label; makes RUN where there is none"
+    taken = "add the labels or comparisons of a file with columns such as prompt, image, label; makes RUN if needed"
     instead.add_argument("--import", type=Path, metavar="FILE", dest="take", help=taken)
-    program = "label by the simulated annotator of the bundled model, no person"
+    program = "let the simulated annotator of the bundled model label instead of a person"
     instead.add_argument("--annotator", action="store_true", help=program)
-    agreement = "print how many labels there are and how far labellers agree"
+    agreement = "print how many labels there are and how often labellers agree"
     instead.add_argument("--summary", action="store_true", help=agreement)
     add_reading_flags(parser)
     add_run_flags(parser)
@@ -116,7 +116,7 @@ def main() -> None:
         annotate(args)
         return
     if args.sets > 1 and args.compare is None:
-        raise InputError(f"--sets {args.sets}: of what is compared; accepted with --compare OTHER")
+        raise InputError(f"--sets {args.sets}: accepted only with --compare OTHER")
     for flag, folder in (("--compare", args.compare), ("--images", args.images)):
         if folder is not None and not folder.is_dir():
             raise InputError(f"{flag} {folder}: not a folder")
@@ -134,7 +134,9 @@ def main() -> None:
         args.run, found = begin(args.run, args.out, reading(args))
         there, roots = True, roots + found
     elif args.out is not None or reading(args) != USUAL:
-        raise InputError(f"{args.run}: --out, and how a file is read, go with a folder or file of images, or --import")
+        raise InputError(
+            f"{args.run}: --out and the flags for label files are accepted only with images to begin a run, or --import"
+        )
     if not there:
         raise InputError(f"{args.run}: no feedback.sqlite in it; accepted: a run's folder, or images to begin one")
     if args.summary:

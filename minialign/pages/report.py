@@ -541,7 +541,7 @@ def _settings(run: Path, config: Mapping[str, Any], settings: Mapping[str, Any])
         f"<div><dt>{escape(key.removeprefix('settings.'))}</dt><dd>{escape(str(value))}</dd></div>"
         for key, value in rows.items()
     )
-    again = f'<h2>Do it again</h2><pre>{words}</pre><p class="soft">{note}</p>'
+    again = f'<h2>Repeat the run</h2><pre>{words}</pre><p class="soft">{note}</p>'
     return f"{again}<h2>Settings</h2><dl>{facts}</dl>"
 
 

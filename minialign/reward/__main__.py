@@ -25,9 +25,9 @@ from .export import check_place, export_rewards
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="python -m minialign.reward", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run with labels")
-    rows, folders = "image, prompt, reward, weight", "folders of images by repeats, N_reward/"
-    parser.add_argument("--export", type=Path, metavar="FILE", help=f".csv, .tsv, .jsonl: {rows}; else: {folders}")
-    parser.add_argument("--curve", action="store_true", help="measure how the reward gains by more labels")
+    written = "write each image's reward and weight for other trainers: a table (.csv, .tsv, .jsonl), or a folder"
+    parser.add_argument("--export", type=Path, metavar="FILE", help=written)
+    parser.add_argument("--curve", action="store_true", help="measure how the reward model improves with more labels")
     add_run_flags(parser)
     add_flags(parser, "reward")
     return parser.parse_args(arguments)

@@ -1,8 +1,8 @@
 """The method's section 4, the analysis: what each choice does to alignment and fidelity: python -m minialign.study
 
-For each seed the main job is run; then, from its images, labels and reward, the pre-trained model is fine-tuned again
-with one choice changed, a cell of the study. Every cell is kept: the same command goes on. Labels and judgements are
-the simulated annotator's, the world is the embedded one.
+For each seed the main job is run. Then the pre-trained model is fine-tuned again on its images, labels and reward with
+one design choice changed; each such training is a cell of the study. Finished cells are kept, so the same command
+resumes. The bundled model is fine-tuned, and the simulated annotator labels and evaluates.
 
 A seed is a block: its cells share images, labels, prompts of the test and starting noise, so that a cell is compared
 with another within each seed. y_cs = mu_c + b_s + e_cs (Fisher 1935); the interval of mu_c - mu_0 is Student's t.
@@ -35,15 +35,15 @@ from .workers import fill_all, missing
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(prog="python -m minialign.study", description=(__doc__ or "").split("\n\n")[1])
     add = parser.add_argument
-    add("--quick", action="store_true", help="a few minutes: tries everything, its numbers mean nothing")
+    add("--quick", action="store_true", help="a trial of all cells in a few minutes; its numbers mean nothing")
     seeds = f"three or more (default: {' '.join(map(str, SEEDS))}; with --quick the first three)"
     add("--seeds", type=in_range(int, 0, LAST_SEED), nargs="+", help=seeds)
-    only = "fill these cells alone, and write no page: a pilot of another length, say"
+    only = "compute only these cells and write no page, for example as a pilot"
     add("--only", choices=CELLS, nargs="+", metavar="CELL", help=only)
     add("--out", type=Path, help="the study's folder (default: runs/study; with --quick: runs/study-quick)")
     add("--docs", type=Path, help="folder of results.md and its figures (default: docs; with --quick: OUT/docs)")
     jobs = torch.get_num_threads()
-    add("--jobs", type=in_range(int, 1), default=jobs, help=f"processes that fill cells (default: a core each, {jobs})")
+    add("--jobs", type=in_range(int, 1), default=jobs, help=f"parallel processes (default: one per core, {jobs})")
     return parser.parse_args()
 
 
@@ -54,7 +54,9 @@ def main() -> None:
     docs = args.docs or (folder / "docs" if args.quick else Path("docs"))
     seeds = list(dict.fromkeys(args.seeds or (SEEDS[:3] if args.quick else SEEDS)))
     if len(seeds) < 3:
-        raise InputError(f"--seeds: {len(seeds)} seeds say too little of chance; accepted: three or more that differ")
+        raise InputError(
+            f"--seeds: {len(seeds)} seeds are too few for an interval; accepted: three or more different ones"
+        )
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("the study draws figures: it needs matplotlib (pip install 'minialign[report]')")
     names = ["findings", "setting", "categories", "sets", *questions()]
