@@ -30,7 +30,7 @@ from minialign.feedback import FeedbackStore, StoreError
 from minialign.files import InputError
 from minialign.label import __main__ as label
 from minialign.label import server as page_server
-from minialign.label.book import LabelBook
+from minialign.label.book import LabelBook, Refused
 from minialign.label.comparison import ComparisonBook, compared, match
 from minialign.label.queue import Queue
 from minialign.label.server import Server
@@ -889,6 +889,22 @@ def test_a_comparison_is_blind_and_kept(tmp_path, monkeypatch, capsys):
         "verdict": chosen[1][0], "side": chosen[1][1], "labeller": "ann", "time": lines[0]["time"], "seed": 0,
         "images": 1,
     }  # fmt: skip
+
+
+def test_images_outside_both_runs_are_shown_in_a_comparison_where_their_folder_is_given(tmp_path):
+    images, runs = tmp_path / "images", [tmp_path / name for name in ("one", "two")]
+    for run in runs:
+        path = images / f"{run.name}.png"
+        for folder in (images, run):
+            folder.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path)
+        store = FeedbackStore(run)
+        store.add_images([("a cat", str(path), 1)])
+        store.close()
+    book = ComparisonBook(FeedbackStore(runs[0]), runs[1], roots=[images])
+    assert [book.picture(1, side)[0] for side in ("left", "right")] == ["image/png"] * 2
+    with pytest.raises(Refused):
+        ComparisonBook(FeedbackStore(runs[0]), runs[1]).picture(1, "left")
 
 
 def test_sets_are_compared_blind_and_won_by_two_thirds(tmp_path, monkeypatch, capsys):

@@ -199,7 +199,7 @@ def serve(store: FeedbackStore, args: argparse.Namespace, roots: Sequence[Path])
     if args.compare is None:
         book, what = LabelBook(store, roots, enough), "no images"
     else:
-        book = ComparisonBook(store, args.compare, enough, args.sets)
+        book = ComparisonBook(store, args.compare, enough, args.sets, roots)
         what = f"no {'image' if args.sets == 1 else f'{args.sets} images'} of a prompt that is in {args.compare} too"
     if not len(book.ids):
         raise InputError(f"{args.run}: its store holds {what}")

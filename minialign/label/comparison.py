@@ -32,9 +32,11 @@ class ComparisonBook(LabelBook):
 
     mode, verdicts = "compare", ("left", "right", "tie")
 
-    def __init__(self, store: FeedbackStore, other: Path, enough: int | None = None, size: int = 1):
+    def __init__(
+        self, store: FeedbackStore, other: Path, enough: int | None = None, size: int = 1, roots: Sequence[Path] = ()
+    ):
         self.folder, self.other, self.size = other.resolve(), compared_with(other, size), size
-        super().__init__(store, [self.folder], enough)
+        super().__init__(store, [self.folder, *roots], enough)
 
     def open_verdicts(self) -> Verdicts:
         return Verdicts(self.store, self.other)
