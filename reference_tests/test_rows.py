@@ -8,6 +8,7 @@ from helpers import command
 from PIL import Image
 
 from minialign.feedback import FeedbackStore, Reading, export_comparisons, export_labels, import_into_run
+from minialign.feedback.rows import USUAL, judgements
 from minialign.files import InputError
 from minialign.label.__main__ import main as label
 
@@ -283,3 +284,19 @@ def test_an_export_named_metadata_is_the_hubs_imagefolder(images, kind):
     pairs = list(read_pairs(str(images), Skipped(images / "sub" / "skipped.jsonl")))
     assert {(pair.name, pair.caption) for pair in pairs} == {(str(images / f"{i}.png"), "a") for i in range(4)}
     assert import_into_run(images / "again", images / f"metadata.{kind}") == (4, 0)
+
+
+def test_comparisons_of_sets_are_not_taken_for_comparisons_of_images():
+    row = {"prompt": "a star", "image": "0.png", "other": "1.png", "verdict": "this"}
+    for size in ("1", 1, ""):
+        assert len(list(judgements(row | {"images": size}, "here", USUAL, False))) == 1
+    for size in ("4", 4, "x"):
+        with pytest.raises(InputError, match="here: images"):
+            list(judgements(row | {"images": size}, "here", USUAL, False))
+
+
+def test_a_pair_without_a_label_may_have_empty_cells():
+    row = {"prompt": "a star", "image_0": "0.png", "image_1": "1.png", "label_0": "", "label_1": ""}
+    assert not list(judgements(row | {"has_label": "False"}, "here", USUAL, False))
+    with pytest.raises(InputError, match="no 'label_0'"):
+        list(judgements(row | {"has_label": "True"}, "here", USUAL, False))

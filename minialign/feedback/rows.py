@@ -121,6 +121,8 @@ def judgements(row: Mapping[str, Any], where: str, how: Reading, unlabelled: boo
     unlabelled: a row with an image and no label is an image that nobody has judged yet.
     """
     shape = next((shape for shape in SHAPES if all(what in row for what in shape.columns)), SHAPES[-1])
+    if shape.read is _pair and WORDS.get(plain(row.get("has_label", True))) == "bad":
+        return  # a pair without a label, whose cells may be empty, says nothing
     needed = shape.columns[:1] if unlabelled and shape is SHAPES[-1] else shape.columns
     for what in ("prompt", *needed):
         if row.get(what) in (None, ""):
@@ -236,9 +238,7 @@ def _hint(word: str) -> str:
 
 
 def _pair(row: Mapping[str, Any], where: str, how: Reading) -> Iterator[Preference]:
-    """Pick-a-Pic: 1 for the better image and 0 for the other, or 0.5 for both; a pair without a label says nothing."""
-    if WORDS.get(plain(row.get("has_label", True))) == "bad":
-        return
+    """Pick-a-Pic: 1 for the better image and 0 for the other, or 0.5 for both."""
     labels: Any = as_number(row["label_0"]), as_number(row["label_1"])
     verdict = {(1, 0): "this", (0, 1): "other", (0.5, 0.5): "tie"}.get(labels)
     if verdict is None:
@@ -276,6 +276,9 @@ def _chosen(row: Mapping[str, Any], where: str, how: Reading) -> Iterator[Prefer
 
 def _compared(row: Mapping[str, Any], where: str, how: Reading) -> Iterator[Preference]:
     """A comparison as `label --compare OTHER --export FILE` writes it."""
+    if plain(row.get("images", 1)) not in ("", "1"):
+        told = "accepted: 1, for a verdict on sets says nothing of two single images"
+        raise InputError(f"{where}: images {row['images']!r}; {told}")
     verdict = plain(row["verdict"])
     if verdict not in PREFERENCES:
         raise InputError(f"{where}: verdict {row['verdict']!r}; accepted: {', '.join(PREFERENCES)}")
