@@ -56,6 +56,16 @@ def test_values_of_json_are_verdicts(images, value, verdict):
     assert taken(images, [{"prompt": "a", "image": "0.png", "label": value}])[0][0][3] == verdict
 
 
+@pytest.mark.parametrize("gap", ["", "nan", "None"])
+def test_a_gap_in_a_column_of_labels_is_an_image_without_a_label(images, gap):
+    """pandas writes the other labels of such a column as 1.0 and 0.0."""
+    rows = [("prompt", "image", "label"), ("a", "0.png", "1.0"), ("a", "1.png", gap), ("a", "2.png", "0.0")]
+    (images / "gap.csv").write_text("".join(",".join(row) + "\n" for row in rows))
+    assert import_into_run(images / "run", images / "gap.csv") == (2, 0)
+    with closing(FeedbackStore(images / "run")) as store:
+        assert len(store.images()) == 3 and sorted(store.labels().values()) == [0, 1]
+
+
 def test_what_stands_for_skip_is_told(images):
     rows = [("prompt", "image", "label"), ("a", "0.png", "-1.0"), ("a", "1.png", "1.0"), ("a", "2.png", "Unsure")]
     with pytest.raises(InputError, match="line 2: label '-1.0'; accepted: .*; --skip -1$"):
@@ -114,7 +124,7 @@ def test_scores_become_verdicts_or_soft_labels(images):
         (Reading(), 3, "row 1: label 3; accepted: .*; of scores: --good-from or --scale"),
         (Reading(good_from=3), "good", "row 1: label 'good'; accepted: a number$"),
         (Reading(scale=(1, 5)), 5.1, "row 1: label 5.1; accepted: a number from 1 to 5"),
-        (Reading(scale=(1, 5)), float("nan"), "row 1: label nan; accepted: a number from 1 to 5"),
+        (Reading(scale=(1, 5)), float("inf"), "row 1: label inf; accepted: a number from 1 to 5"),
     ):
         with pytest.raises(InputError, match=message):
             taken(images, [{"prompt": "a", "image": "0.png", "label": value}], how)

@@ -118,17 +118,20 @@ def _scale(text: str) -> tuple[float, float]:
 def judgements(row: Mapping[str, Any], where: str, how: Reading, unlabelled: bool) -> Iterator[Verdict | Preference]:
     """What a row, with its columns as `named` has them, says of images. InputError says what is wrong `where`.
 
-    unlabelled: a row with an image and no label is an image that nobody has judged yet.
+    A row whose label is empty, null or nan, as pandas writes a gap, is an image that nobody has judged yet; with
+    `unlabelled` also one without a column of labels.
     """
     shape = next((shape for shape in SHAPES if all(what in row for what in shape.columns)), SHAPES[-1])
     if shape.read is _pair and WORDS.get(plain(row.get("has_label", True))) == "bad":
         return  # a pair without a label, whose cells may be empty, says nothing
-    needed = shape.columns[:1] if unlabelled and shape is SHAPES[-1] else shape.columns
+    gap = "label" in row and (label := plain(row["label"])) in ("", "none", "nan") and label not in how.skip
+    unjudged = shape is SHAPES[-1] and (gap or (unlabelled and "label" not in row))
+    needed = shape.columns[:1] if unjudged else shape.columns
     for what in ("prompt", *needed):
         if row.get(what) in (None, ""):
             missing = f"no {what!r}" if what in row else f"no column {what!r}"
             raise InputError(f"{where}: {missing}; {columns_needed(('prompt', *shape.columns), row)}")
-    if row.get("label", "") in (None, "") and shape is SHAPES[-1]:
+    if unjudged:
         yield Verdict(as_text(row, "image", where), None)
     else:
         yield from shape.read(row, where, how)

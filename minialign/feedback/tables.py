@@ -26,8 +26,9 @@ KEY = "(its name)"  # the column that holds the name of each object in a JSON ob
 
 
 def columns_needed(needed: Sequence[str], found: Iterable[str]) -> str:
-    names = ", ".join(filter(None, found))
-    return f"columns needed: {', '.join(needed)}; found: {names if len(names) < 200 else f'{names[:200]} ...'}"
+    names = ", ".join(filter(None, found)) or "none"
+    said = f"columns needed: {', '.join(needed)}; " if needed else ""
+    return f"{said}found: {names if len(names) < 200 else f'{names[:200]} ...'}"
 
 
 def read_rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
