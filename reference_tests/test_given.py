@@ -263,7 +263,7 @@ def test_the_main_job_runs_by_a_function_without_a_label(tmp_path, capsys):
     fewer = SMALL | {"images": 16, "steps": 2, "test_images": 8}
     small = flags({key: value for key, value in fewer.items() if key != "labels"})
     code, out, err = command(finetune, capsys, tmp_path / "run", *small, *reward)
-    assert code == 0 and "label: no labels; --reward does without" in out, err
+    assert code == 0 and "label: no labels; the reward of --reward needs none" in out, err
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["counts"]["labels"] == 0 and results["settings"]["reward"] == reward[1]
     assert results["reward"]["terms"][0]["how"] == "as it is"
