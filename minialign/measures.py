@@ -150,18 +150,20 @@ def area_under_curve(score: Tensor, label: Tensor) -> float | None:
     return (float(rank[place[good]].sum()) - number * (number + 1) / 2) / (number * others)
 
 
-def preferred(score: Tensor, label: Tensor, prompts: Sequence[str]) -> float | None:
+def preferred(score: Tensor, label: Tensor, prompts: Sequence[object]) -> float | None:
     """How often the score prefers the better of two images of one prompt, ties counting half; None without such pairs.
 
     Over all pairs of a good and a bad image of a prompt: how Lee et al. 2023 judge a reward model (Fig. 3).
     """
+    rows: dict[object, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(i)
     right, pairs = 0.0, 0
-    for prompt in dict.fromkeys(prompts):
-        rows = [i for i, one in enumerate(prompts) if one == prompt]
-        auc, good = area_under_curve(score[rows], label[rows]), int((label[rows] > 0.5).sum())
+    for same in rows.values():
+        auc, good = area_under_curve(score[same], label[same]), int((label[same] > 0.5).sum())
         if auc is not None:
-            pairs += good * (len(rows) - good)
-            right += auc * good * (len(rows) - good)
+            pairs += good * (len(same) - good)
+            right += auc * good * (len(same) - good)
     return right / pairs if pairs else None
 
 

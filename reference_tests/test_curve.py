@@ -8,9 +8,10 @@ import torch
 
 from minialign.engine.settings import defaults
 from minialign.files import InputError
+from minialign.measures import preferred
 from minialign.pages.cards import curve_table, twice_as_many
 from minialign.reward import curve as module
-from minialign.reward.curve import learning_curve, mean_interval, pairs_right, split_prompts
+from minialign.reward.curve import learning_curve, mean_interval, split_prompts
 from minialign.reward.labels import Labelled, split_feedback
 
 SETTINGS = defaults(embedded=True) | {"hidden": 32, "reward_batch_size": 32, "reward_learning_rate": 3e-3}
@@ -40,8 +41,8 @@ def test_pairs_of_one_prompt_are_counted():
         for j in range(60)
         if prompts[i] == prompts[j] and label[i] > label[j]
     ]
-    assert pairs_right(reward, label, prompts) == pytest.approx(float(sum(right)) / len(right))
-    assert pairs_right(reward, label, range(60)) is None  # one image a prompt
+    assert preferred(reward, label, prompts) == pytest.approx(float(sum(right)) / len(right))
+    assert preferred(reward, label, range(60)) is None  # one image a prompt
 
 
 def test_intervals_are_students():

@@ -14,11 +14,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..engine.optimising import progress
 from ..files import InputError
-from ..measures import area_under_curve, student_t
+from ..measures import area_under_curve, preferred, student_t
 from .labels import Labelled
 from .trainer import rewards_of, train_reward
 
@@ -27,24 +26,6 @@ SPLITS, SIZES = 5, 4  # random splits; numbers of labels
 FEWEST = 16  # labels that a model learns from
 STEPS = 150  # of a training: more change the AUC little (by 0.02 from 100 to 300 steps, on 1,280 drawings)
 MEASURES = ("accuracy", "auc", "pairs")
-
-
-def pairs_right(reward: Tensor, label: Tensor, prompts: Sequence[object]) -> float | None:
-    """The fraction of pairs of a good and a bad image of one prompt in which the good one has the higher reward (B,).
-
-    Equal ones count half; None where there is no such pair. This is what people who compare two images are asked.
-    """
-    rows: dict[object, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        rows.setdefault(prompt, []).append(i)
-    right = total = 0.0
-    for same in rows.values():
-        good = label[same] > 0.5
-        number = int(good.sum()) * int((~good).sum())
-        if number:
-            right += number * (area_under_curve(reward[same], label[same]) or 0.0)
-            total += number
-    return right / total if total else None
 
 
 def split_prompts(data: Labelled, seed: int) -> tuple[list[int], list[int]]:
@@ -76,7 +57,7 @@ def measured(data: Labelled, learn: Sequence[int], judge: Sequence[int], setting
     return {
         "accuracy": float(((reward > 0.5) == (label > 0.5)).float().mean()),
         "auc": area_under_curve(reward, label),
-        "pairs": pairs_right(reward, label, [data.prompts[i] for i in judge]),
+        "pairs": preferred(reward, label, [data.prompts[i] for i in judge]),
     }
 
 
