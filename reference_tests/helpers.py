@@ -1,8 +1,10 @@
 """Inputs that several test modules share."""
 
 import json
+import random
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,10 @@ from PIL import Image
 
 from minialign import Pipeline
 from minialign.engine.commands import run_command
+from minialign.engine.run import FORMAT
+from minialign.feedback import FeedbackStore
+from minialign.prompts import SHAPES, all_prompts
+from minialign.shapes.scenes import draw, sample_scene
 
 # the main job in seconds; its numbers mean nothing
 SMALL = {
@@ -57,4 +63,24 @@ def pretraining_pairs(folder, number=6):
         Image.fromarray(drawn).save(folder / f"{i}.jpg")
         rows.append(json.dumps({"file_name": f"{i}.jpg", "text": f"noise number {i % 3}"}))
     (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def labelled_drawings(folder: Path) -> Path:
+    """A run of 48 drawings of 16 prompts that show their prompt or another one; all but four have true labels."""
+    (folder / "images").mkdir(parents=True)
+    rng = random.Random(0)
+    prompts = [prompt for prompt in all_prompts(SHAPES) if prompt.category == "color"]
+    rows, verdicts = [], []
+    for i in range(48):
+        shown = rng.choice((prompts[i % 16], rng.choice(prompts)))
+        scene = sample_scene(shown, rng)
+        draw(scene, rng).save(folder / "images" / f"{i}.png")
+        rows.append((prompts[i % 16].text, f"images/{i}.png", i))
+        verdicts.append("good" if scene.shows(prompts[i % 16]) else "bad")
+    store = FeedbackStore(folder)
+    store.add_images(rows)
+    store.add_labels("truth", [(image.id, verdict) for image, verdict in zip(store.images(), verdicts) if image.id > 4])
+    store.close()
+    (folder / "config.json").write_text(json.dumps({"minialign": "0", "format": FORMAT, "world": "shapes"}))
     return folder

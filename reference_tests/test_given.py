@@ -2,17 +2,15 @@
 
 import json
 import math
-import random
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import SMALL, command, flags
+from helpers import SMALL, command, flags, labelled_drawings
 from PIL import Image
 
 from minialign import CLIP
-from minialign.engine.run import FORMAT
 from minialign.engine.settings import reward_terms
 from minialign.evaluate.__main__ import main as evaluate
 from minialign.feedback import FeedbackStore
@@ -21,12 +19,10 @@ from minialign.finetune.__main__ import main as finetune
 from minialign.measures import area_under_curve
 from minialign.models.pretrained import EMBEDDED
 from minialign.models.reward import embed_images, embed_texts
-from minialign.prompts import SHAPES, all_prompts
 from minialign.reward import REWARDS
 from minialign.reward.__main__ import main
 from minialign.reward.functions import call_function, load_function
 from minialign.reward.given import Term, rank_within, read_terms, scale_of, to_unit, weighted
-from minialign.shapes.scenes import draw, sample_scene
 
 REDNESS = """
 def redness(images, prompts):
@@ -41,22 +37,7 @@ def large(images, prompts):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A run of 48 drawings of 16 prompts that show their prompt or another one; all but four are labelled."""
-    folder = tmp_path_factory.mktemp("given") / "run"
-    (folder / "images").mkdir(parents=True)
-    rng = random.Random(0)
-    prompts = [prompt for prompt in all_prompts(SHAPES) if prompt.category == "color"]
-    rows, verdicts = [], []
-    for i in range(48):
-        shown = rng.choice((prompts[i % 16], rng.choice(prompts)))
-        scene = sample_scene(shown, rng)
-        draw(scene, rng).save(folder / "images" / f"{i}.png")
-        rows.append((prompts[i % 16].text, f"images/{i}.png", i))
-        verdicts.append("good" if scene.shows(prompts[i % 16]) else "bad")
-    store = FeedbackStore(folder)
-    store.add_images(rows)
-    store.add_labels("truth", [(image.id, verdict) for image, verdict in zip(store.images(), verdicts) if image.id > 4])
-    store.close()
-    (folder / "config.json").write_text(json.dumps({"minialign": "0", "format": FORMAT, "world": "shapes"}))
+    folder = labelled_drawings(tmp_path_factory.mktemp("given") / "run")
     (folder.parent / "mine.py").write_text(REDNESS)
     return folder
 

@@ -6,22 +6,19 @@ import random
 
 import pytest
 import torch
-from helpers import command
+from helpers import command, labelled_drawings
 from PIL import Image
 
 from minialign import CLIP, RewardModel
 from minialign.engine.optimising import generator
-from minialign.engine.run import FORMAT
 from minialign.feedback import FeedbackStore, import_into_run
 from minialign.files import InputError, read_weights
 from minialign.measures import area_under_curve, ranked_right
 from minialign.models.reward import comparison_loss, mse_loss, prompt_classification_loss
-from minialign.prompts import SHAPES, all_prompts
 from minialign.reward import REWARDS, load_reward
 from minialign.reward.__main__ import main
 from minialign.reward.labels import FEWEST, LEARN, PARTS, read_labelled, split_feedback, split_labels
 from minialign.reward.trainer import Comparisons, Pairs, rewards_of, train_reward
-from minialign.shapes.scenes import draw, sample_scene
 
 
 def test_the_model_is_the_papers_mlp():
@@ -278,23 +275,7 @@ def test_no_image_that_judges_is_learned_from_by_a_comparison():
 @pytest.fixture
 def run(tmp_path):
     """A run of 48 drawings that show their prompt or another one, labelled as they are."""
-    folder = tmp_path / "run"
-    (folder / "images").mkdir(parents=True)
-    rng = random.Random(0)
-    prompts = [prompt for prompt in all_prompts(SHAPES) if prompt.category == "color"]
-    rows, verdicts = [], []
-    for i in range(48):
-        shown = rng.choice((prompts[i % 16], rng.choice(prompts)))
-        scene = sample_scene(shown, rng)
-        draw(scene, rng).save(folder / "images" / f"{i}.png")
-        rows.append((prompts[i % 16].text, f"images/{i}.png", i))
-        verdicts.append("good" if scene.shows(prompts[i % 16]) else "bad")
-    store = FeedbackStore(folder)
-    store.add_images(rows)
-    store.add_labels("truth", [(image.id, verdict) for image, verdict in zip(store.images(), verdicts) if image.id > 4])
-    store.close()
-    (folder / "config.json").write_text(json.dumps({"minialign": "0", "format": FORMAT, "world": "shapes"}))
-    return folder
+    return labelled_drawings(tmp_path / "run")
 
 
 SMALL = ("--reward-steps", 100, "--hidden", 32, "--device", "cpu")

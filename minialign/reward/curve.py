@@ -1,8 +1,8 @@
-"""How many labels are enough: how well the reward predicts held-out labels, by the number that it learned from.
+"""How many labels are enough: how well the reward predicts held-out labels, by the number of labels to learn from.
 
-Each split holds out a fifth of the prompts whole, and takes nested random parts of the other prompts' labels, each half
-of the next. Every part trains a reward model of its own by the run's settings, in at most STEPS steps. The last
-doubling is measured; what another one brings is not, and curves of learning flatten.
+Each random split holds out a fifth of the prompts. Of the labels of the other prompts a reward model learns from all,
+from half of them, from a quarter and so on, with the settings of the run and in at most STEPS steps. The gain of the
+last doubling is measured; that of one more doubling is not, and such curves flatten.
 """
 
 from __future__ import annotations

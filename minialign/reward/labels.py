@@ -113,9 +113,9 @@ def warn(message: str) -> None:
 
 
 def read_contrastive(path: Path, prompts: Iterable[str]) -> dict[str, list[str]]:
-    """Contrastive prompts of one's own: a JSON object, prompt -> list of prompts, for prompts of a run.
+    """Contrastive prompts that the user chose: a JSON object, prompt -> list of prompts.
 
-    InputError names what cannot be used, and a file that has none of the run's `prompts`.
+    InputError where an entry cannot be used, or where none of the run's `prompts` is in the file.
     """
     found = read_json(path)
     for prompt, others in found.items():
