@@ -232,8 +232,8 @@ def plans(
     }
 
 
-def drawing(model: Model, rows: int) -> int:
-    """The most that drawing `rows` images at once adds to the weights: guided, so that the UNet reads twice as many."""
+def sampling(model: Model, rows: int) -> int:
+    """The most that sampling `rows` images adds to the weights: guided, so that the UNet reads twice as many."""
     with FakeTensorMode(), torch.no_grad():
         unet, vae = UNet(model.unet).eval(), VAE(VAE_CONFIG).eval()
         latents = torch.randn(rows, *model.latents)
@@ -261,7 +261,7 @@ MODES: dict[tuple[str, str, str], dict[str, Any]] = {
     (ADAPTERS, "half", AGAIN): {"dtype": HALF, "lora": RANK, "checkpointing": True},
 }
 ROWS = {SD1: (1, 2, 4, 8, 16, 32), XL: (1, 2, 4, 8)}
-DRAWN = (1, 4, 16, 64)  # images drawn at once
+SAMPLED = (1, 4, 16, 64)  # images sampled at once
 PROCESSES = (2, 4, 8)
 
 
@@ -320,14 +320,15 @@ def in_processes(found: dict[tuple, Plan]) -> str:
 
 
 def stages() -> str:
-    """Drawing and judging work in float32, with one pipeline and the reward's CLIP on the device."""
+    """Sampling and evaluation work in float32, with one pipeline and the reward's CLIP on the device."""
     table = []
     for model in ROWS:
         unused = idle(model)
         with torch.device("meta"):
             there = size(UNet(model.unet)) + sum(unused.values())
-        table.append([model.name.split(",")[0], *(gib(there + drawing(model, rows)) for rows in DRAWN)])
-    return "### Sampling and evaluation: GiB in float32, by `--draw-batch`\n\n" + _table(["", *map(str, DRAWN)], table)
+        table.append([model.name.split(",")[0], *(gib(there + sampling(model, rows)) for rows in SAMPLED)])
+    title = "### Sampling and evaluation: GiB in float32, by `--sampling-batch-size`"
+    return f"{title}\n\n" + _table(["", *map(str, SAMPLED)], table)
 
 
 def on_disk(found: dict[tuple, Plan]) -> str:

@@ -97,7 +97,8 @@ def sample_to_folder(
 
 def sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of sampling as keyword arguments of `sample_to_folder`."""
-    return {"steps": settings["sampling_steps"], "guidance": settings["guidance"], "batch": settings["draw_batch"]}
+    batch = settings["sampling_batch_size"]
+    return {"steps": settings["sampling_steps"], "guidance": settings["guidance"], "batch": batch}
 
 
 # ----------------------------------------------------------------------------------------------------------- the run
@@ -194,7 +195,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="the run's folder")
     parser.add_argument("--out", type=Path, metavar="RUN", help="another way to give the run's folder")
     add_run_flags(parser)
-    add_flags(parser, "generate")
+    add_flags(parser, "generate", spellings={"sampling_batch_size": ["--batch-size"]})
     return parser.parse_args(arguments)
 
 

@@ -8,8 +8,10 @@ from PIL import Image
 
 from minialign import Pipeline
 from minialign.engine.settings import defaults
+from minialign.evaluate.__main__ import parse_arguments as evaluation
 from minialign.feedback import FeedbackStore
 from minialign.files import InputError
+from minialign.finetune.__main__ import parse_arguments as finetuning
 from minialign.generate import grammar_of, main, planned, read_prompts, sample_to_folder
 from minialign.models.pretrained import EMBEDDED
 from minialign.prompts import PAPER, SHAPES, split
@@ -23,7 +25,7 @@ def file(tmp_path):
 
 
 def small(file, out, *more):
-    how = ("--images-per-prompt", 2, "--sampling-steps", 2, "--draw-batch", 4, "--device", "cpu")
+    how = ("--images-per-prompt", 2, "--sampling-steps", 2, "--sampling-batch-size", 4, "--device", "cpu")
     return ("--prompts", file, "--out", out, *how, *more)
 
 
@@ -75,8 +77,24 @@ def test_a_stopped_run_continues_and_is_the_same(tmp_path, file, monkeypatch, ca
     kept = [[(i.prompt, i.path.name, i.seed) for i in store.images()] for store in stores]
     assert kept[0] == kept[1]
     monkeypatch.setattr(Pipeline, "generate", None)  # calling it would fail
-    code, _, err = command(main, capsys, *small(file, tmp_path / "parts", "--draw-batch", 3))
+    code, _, err = command(main, capsys, *small(file, tmp_path / "parts", "--sampling-batch-size", 3))
     assert code == 0 and stores[1].images() == FeedbackStore(tmp_path / "parts").images()
+
+
+def test_batch_size_is_another_spelling_of_sampling_batch_size(tmp_path, file, capsys):
+    code, _, err = command(main, capsys, *small(file, tmp_path / "run", "--batch-size", 5))
+    assert code == 0, err
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    assert settings["sampling_batch_size"] == 5 and "batch_size" not in settings
+    code, out, _ = command(main, capsys, "--help")
+    assert code == 0 and "--sampling-batch-size N, --batch-size N images that are sampled" in " ".join(out.split())
+    code, _, err = command(main, capsys, *small(file, tmp_path / "run", "--batch-size", 0))
+    assert code == 2 and "--batch-size: '0'; accepted: a whole number from 1 up" in err and err.count("\n") == 1
+    assert finetuning(["--batch-size", "6"]).batch_size == 6  # there it is that of training
+    assert finetuning(["--batch-size", "6"]).sampling_batch_size is None
+    with pytest.raises(SystemExit):
+        evaluation(["run", "--batch-size", "6"])
+    assert "did you mean --sampling-batch-size?" in capsys.readouterr().err
 
 
 def test_categories_are_the_models_own_seen_prompts():

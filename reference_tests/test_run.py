@@ -216,6 +216,21 @@ def test_a_run_of_another_version_is_refused_in_one_line(tmp_path):
         assert "stages.json" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_run_with_the_old_name_of_a_setting_continues(tmp_path):
+    Run(tmp_path).remember({"seed": 3})
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"settings": {"seed": 3, "draw_batch": 16}}))
+    with opened(tmp_path) as run:
+        assert run.settings == {"seed": 3, "sampling_batch_size": 16}
+        run.remember()
+    assert json.loads(path.read_text())["settings"] == {"seed": 3, "sampling_batch_size": 16}
+    for settings in ({"unknown": 1}, [], None):
+        path.write_text(json.dumps(config | {"settings": settings}))
+        with pytest.raises(InputError, match="settings are damaged"):
+            Run(tmp_path)
+
+
 def test_folders_that_are_no_run_are_left_alone(tmp_path):
     for name in ("new/below", "hidden", "imported", "run"):
         check_folder(tmp_path / name)

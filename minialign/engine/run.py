@@ -28,7 +28,7 @@ from .. import __version__
 from ..feedback import SIMULATED, FeedbackStore
 from ..files import InputError, atomic, checksum, first_line, read_bytes, read_json, remove_unfinished, write_json
 from .processes import barrier, gathered, is_main_process, say
-from .settings import BY_NAME, RECIPES, STAGES, defaults
+from .settings import BY_NAME, RECIPES, RENAMED, STAGES, defaults
 
 FORMAT = 2  # of a run's folder: another is refused
 DIGEST = "digest:"  # begins a value of `made_from` that stands for content
@@ -73,11 +73,12 @@ class Run:
         if self.config and self.config.get("format") != FORMAT:
             raise InputError(f"{folder}: not a run of this version; accepted: another folder, or --fresh in this one")
         known = self.config.get("settings", {})
-        if not isinstance(known, dict) or not known.keys() <= BY_NAME.keys():
+        known = {RENAMED.get(key, key): known[key] for key in known} if isinstance(known, dict) else None
+        if known is None or not known.keys() <= BY_NAME.keys():
             raise InputError(f"{config}: settings are damaged; accepted: another folder, or --fresh in this one")
         if not all(_is_state(state) for state in self.stages.values()):
             raise InputError(f"{stages}: damaged; accepted: another folder, or --fresh in this one")
-        self.settings: dict[str, Any] = dict(known)
+        self.settings: dict[str, Any] = known
 
     @property
     def world(self) -> str:

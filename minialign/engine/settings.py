@@ -30,6 +30,7 @@ NOISES = 100_000  # starting noises of a run for feedback, and as many for evalu
 LAST_SEED = 20_000  # of a run: beyond, noise seeds would not fit the 32 bits that a CPU generator uses of them
 CLIP_OF_PAPER = "openai/clip-vit-large-patch14"  # Lee et al. 2023, section 3.2
 PRECISIONS = ("float32", "bfloat16", "float16")
+RENAMED = {"draw_batch": "sampling_batch_size"}  # names of settings in the config.json of older runs
 switch = bool  # the kind of a setting that is on or off
 
 
@@ -87,8 +88,8 @@ def reward_terms(text: str) -> str:
     return ",".join(map(absolute, text.split(",")))
 
 
-DRAWING, TUNING = ("generate", "evaluate"), ("finetune",)
-positive, whole, fraction = in_range(float, 1e-6), in_range(int, 1), in_range(float, 0, 1)
+SAMPLING, TUNING = ("generate", "evaluate"), ("finetune",)
+positive, number, fraction = in_range(float, 1e-6), in_range(int, 1), in_range(float, 0, 1)
 SETTINGS = tuple(
     Setting(*row[:6], **(row[6] if len(row) > 6 else {}))
     for row in (
@@ -100,9 +101,9 @@ SETTINGS = tuple(
         ("vae", ("generate", "finetune", "evaluate"), None, None, str,
          "folder or .safetensors file of an autoencoder in place of the model's", {"source": True}),
         ("seed", STAGES, 0, 0, in_range(int, 0, LAST_SEED), "random seed of every stage"),
-        ("sampling_steps", DRAWING, 10, 30, in_range(int, 1, 1000), "steps of the DDIM sampler"),
-        ("guidance", DRAWING, 3.0, 7.5, in_range(float, 0), "scale of classifier-free guidance"),
-        ("sampling_dtype", DRAWING, "float32", "float32", PRECISIONS, "precision of the networks while sampling"),
+        ("sampling_steps", SAMPLING, 10, 30, in_range(int, 1, 1000), "steps of the DDIM sampler"),
+        ("guidance", SAMPLING, 3.0, 7.5, in_range(float, 0), "scale of classifier-free guidance"),
+        ("sampling_dtype", SAMPLING, "float32", "float32", PRECISIONS, "precision of the networks while sampling"),
         # ------------------------------------------------------------------------------------- generate: whose images
         ("prompts", ("generate",), "categories", None, str,
          "file of prompts: a prompt a line, or .csv, .tsv or .jsonl with a column prompt; or categories, the prompts "
@@ -111,7 +112,7 @@ SETTINGS = tuple(
          "number of images, spread evenly over the categories and their prompts"),
         ("images_per_prompt", ("generate",), None, 3, in_range(int, 1, NOISES), "images of each prompt"),
         # ----------------------------------------------------------------------------------------- label: whose labels
-        ("labels", ("label",), 1280, None, whole, "images that the simulated annotator labels (bundled model only)"),
+        ("labels", ("label",), 1280, None, number, "images that the simulated annotator labels (bundled model only)"),
         # ------------------------------------------------------------------------------------------------------ reward
         ("reward", ("reward",), None, None, reward_terms,
          "reward of the images: learned, clip-score, clip-score:CLIP, a reward model's folder, FILE.py:function, or "
@@ -121,8 +122,8 @@ SETTINGS = tuple(
          "CLIP model of the features, folder or hub id", {"source": True}),
         ("lambda", ("reward",), 0.5, 0.5, in_range(float, 0), "weight of the auxiliary loss; 0.5 in the paper"),
         ("temperature", ("reward",), 0.5, 2.0, positive, "T of the auxiliary loss; 2 in the paper"),
-        ("hidden", ("reward",), 512, 1024, whole, "width of the reward model's hidden layers; 1024 in the paper"),
-        ("reward_steps", ("reward",), 1000, 1000, whole, "training steps of the reward model"),
+        ("hidden", ("reward",), 512, 1024, number, "width of the reward model's hidden layers; 1024 in the paper"),
+        ("reward_steps", ("reward",), 1000, 1000, number, "training steps of the reward model"),
         ("reward_batch_size", ("reward",), 64, 64, in_range(int, 2), "labelled images in a step of the reward model"),
         ("reward_learning_rate", ("reward",), 3e-4, 3e-4, fraction, "learning rate of the reward model, AdamW"),
         ("comparison_temperature", ("reward",), 0.2, 0.2, positive, "T of the loss on compared images"),
@@ -135,8 +136,8 @@ SETTINGS = tuple(
         ("pretrain", TUNING, None, None, str,
          "pre-training pairs: folder with metadata.jsonl or captions in .txt files, or tar shards (a glob)",
          {"source": True}),
-        ("pretrain_images", TUNING, 512, None, whole, "drawings of the toy data set that serve as pre-training pairs"),
-        ("steps", TUNING, 400, 2000, whole, "fine-tuning steps"),
+        ("pretrain_images", TUNING, 512, None, number, "drawings of the toy data set that serve as pre-training pairs"),
+        ("steps", TUNING, 400, 2000, number, "fine-tuning steps"),
         ("beta", TUNING, 0.03, 1.0, in_range(float, 0), "weight of the pre-training term"),
         ("batch_size", TUNING, 64, 8, in_range(int, 2), "images in a fine-tuning step"),
         ("pretrain_fraction", TUNING, 0.125, 0.125, fraction,
@@ -168,15 +169,15 @@ SETTINGS = tuple(
         *(
             (*row, {"free": True, "group": "hardware"})
             for row in (
-                ("draw_batch", ("generate", "finetune", "evaluate"), 64, 4, whole,
+                ("sampling_batch_size", ("generate", "finetune", "evaluate"), 64, 4, number,
                  "images that are sampled, encoded or evaluated at once"),
-                ("accumulate", TUNING, 1, 1, whole, "micro-batches of a step, one after the other, to save memory"),
+                ("accumulate", TUNING, 1, 1, number, "micro-batches of a step, one after the other, to save memory"),
                 ("gradient_checkpointing", TUNING, False, False, switch, "compute activations twice, to save memory"),
                 ("compile", TUNING, False, False, switch, "compile the UNet by torch.compile"),
                 ("parallel", TUNING, "ddp", "ddp", ("ddp", "fsdp"),
                  "under torchrun: each process has a copy (ddp) or a shard (fsdp) of the weights"),
-                ("checkpoint_every", TUNING, 100, 100, whole, "steps between checkpoints"),
-                ("keep", TUNING, 2, 2, whole, "checkpoints that are kept"),
+                ("checkpoint_every", TUNING, 100, 100, number, "steps between checkpoints"),
+                ("keep", TUNING, 2, 2, number, "checkpoints that are kept"),
                 ("validate_every", TUNING, 0, 0, in_range(int, 0), "steps between grids of sampled images; 0: none"),
             )
         ),
@@ -214,8 +215,16 @@ def defaults(embedded: bool, *stages: str) -> dict[str, Any]:
     return {setting.name: setting.default(embedded) for setting in of_stage(*(stages or STAGES))}
 
 
-def add_flags(parser: argparse.ArgumentParser, *stages: str, without: Iterable[str] = ()) -> None:
-    """Add the flags of the stages' settings to a parser, in groups; what is not given is None."""
+def add_flags(
+    parser: argparse.ArgumentParser,
+    *stages: str,
+    without: Iterable[str] = (),
+    spellings: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Add the flags of the stages' settings to a parser, in groups; what is not given is None.
+
+    without: settings that get no flag. spellings: more flags that give a numeric setting, by its name.
+    """
     groups: dict[str, Any] = {}
     for setting in of_stage(*stages):
         if setting.name in without:
@@ -228,10 +237,11 @@ def add_flags(parser: argparse.ArgumentParser, *stages: str, without: Iterable[s
         elif isinstance(setting.kind, tuple):
             group.add_argument(setting.flag, choices=setting.kind, help=setting.help)
         else:
-            number = setting.embedded if setting.own is None else setting.own
-            count = isinstance(number, int) or setting.name.endswith("per_prompt")
+            default = setting.embedded if setting.own is None else setting.own
+            count = isinstance(default, int) or setting.name.endswith("per_prompt")
+            flags = (setting.flag, *(spellings or {}).get(setting.name, ()))
             metavar = "N" if count else setting.name.upper().split("_")[-1]
-            group.add_argument(setting.flag, type=setting.kind, metavar=metavar, help=setting.help)
+            group.add_argument(*flags, type=setting.kind, metavar=metavar, help=setting.help)
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:

@@ -150,7 +150,7 @@ def encode(
     """Latents of all images and contexts of all their prompts, computed once and kept in the folder `cache`."""
     part = processes()
     kept = torch.float32 if settings["dtype"] == "float32" else torch.float16
-    how: dict[str, Any] = {"batch": settings["draw_batch"], "dtype": kept, "part": part}
+    how: dict[str, Any] = {"batch": settings["sampling_batch_size"], "dtype": kept, "part": part}
     sources = [encode_pairs(pipe, images, cache, **how)]
     if isinstance(pretrain, str):
         skipped = Skipped(folder / "skipped.jsonl", part)
