@@ -231,7 +231,7 @@ Context = tuple[Tensor, ...]  # what a network reads of the prompts: (B,L,D), an
 def guided(predict: Predict, x: Tensor, t: Tensor, context: Context, unconditional: Context, guidance: float) -> Tensor:
     """Classifier-free guidance in one call: u + guidance * (c - u), where guidance is above 1.
 
-    Up to 1 it is c alone, as in diffusers, so that 0 turns guidance off: distilled models are told to be run with it.
+    Up to 1 it is c alone, as in diffusers, so that 0 turns guidance off, as distilled models need it.
     x (B,C,h,w), t (B,); context and unconditional are alike.
     """
     if guidance <= 1:

@@ -154,11 +154,11 @@ def remove_unfinished(*places: Path) -> None:
         if place.is_symlink() and target.parent.is_dir():
             paths += [path for path in target.parent.iterdir() if path.name.startswith(f".{target.name}.minialign-")]
         for path in paths:
-            found = UNFINISHED.fullmatch(path.name)
-            if found is None or _runs(int(found["process"])):
+            match = UNFINISHED.fullmatch(path.name)
+            if match is None or _runs(int(match["process"])):
                 continue
-            before = path.with_name(found["name"])
-            if found["kind"] == "old" and not before.exists():
+            before = path.with_name(match["name"])
+            if match["kind"] == "old" and not before.exists():
                 os.replace(path, before)
             else:
                 remove(path)

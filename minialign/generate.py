@@ -71,7 +71,7 @@ def sample_to_folder(
 ) -> list[Path]:
     """Generate the images of (prompt, seed) items as folder/000000.png and so on; existing batches are kept.
 
-    A batch with a missing image is generated again as a whole, because the last bits of the results can depend on the
+    A batch with a missing image is generated again, all of it, because the last bits of the results can depend on the
     batch size. share (k, n): every n-th batch from the k-th on, for process k of n. `finished` is called with the rows
     of each of these batches as soon as its images are on disk.
     """

@@ -119,19 +119,19 @@ def contrasts(values: Tensor, reference: int, apart: Sequence[int] = ()) -> list
     `apart`, whose variance may be another: each of these is compared by itself, the paired t test.
     """
     alike = [i for i in range(len(values)) if i not in apart]
-    part, blocks = values[alike], values.shape[1]
+    rows, blocks = values[alike], values.shape[1]
     freedom = (len(alike) - 1) * (blocks - 1)
-    residuals = part - part.mean(1, keepdim=True) - part.mean(0) + part.mean()
-    found = []
+    residuals = rows - rows.mean(1, keepdim=True) - rows.mean(0) + rows.mean()
+    results = []
     for i, difference in enumerate((values.mean(1) - values[reference].mean()).tolist()):
         if i in apart:
-            found.append(contrasts(values[[reference, i]], 0)[1])
+            results.append(contrasts(values[[reference, i]], 0)[1])
         else:
             error = math.sqrt(float(residuals.square().sum()) / freedom * 2 / blocks)
             half = student_t(freedom) * error
             p = student_p(difference / error, freedom) if error else float(difference == 0)
-            found.append(Contrast(difference, difference - half, difference + half, p))
-    return found
+            results.append(Contrast(difference, difference - half, difference + half, p))
+    return results
 
 
 # --------------------------------------------------------------------------------------------------- scores and labels
@@ -153,7 +153,7 @@ def area_under_curve(score: Tensor, label: Tensor) -> float | None:
 def preferred(score: Tensor, label: Tensor, prompts: Sequence[object]) -> float | None:
     """How often the score prefers the better of two images of one prompt, ties counting half; None without such pairs.
 
-    Over all pairs of a good and a bad image of a prompt: how Lee et al. 2023 judge a reward model (Fig. 3).
+    Over all pairs of a good and a bad image of a prompt: Lee et al. 2023 evaluate a reward model so (Fig. 3).
     """
     rows: dict[object, list[int]] = {}
     for i, prompt in enumerate(prompts):
@@ -190,7 +190,7 @@ def expected_calibration_error(bins: Sequence[dict[str, float]]) -> float:
 def platt(score: Tensor, label: Tensor) -> tuple[float, float]:
     """(a, b) of the logistic regression sigmoid(a score + b) of labels (B,) in [0,1] on scores (B,) (Platt 1999).
 
-    By Newton's method in float64, with a ridge of 1e-6 that keeps it finite where a threshold parts good from bad.
+    By Newton's method in float64, with a ridge of 1e-6 that keeps it finite where a threshold separates good from bad.
     """
     s, y = score.cpu().double(), label.cpu().double()
     middle, spread = s.mean(), s.std().clamp(min=1e-12) if len(s) > 1 else torch.tensor(1.0).double()
@@ -314,7 +314,7 @@ def cmmd(feats: Tensor, reference: Tensor, sigma: float = 10.0) -> float | None:
     A Gaussian kernel exp(-|x - y|^2 / (2 sigma^2)) on features of unit length, without the pairs of a row with itself:
     an unbiased estimate, which may be below 0. None where it has no value: fewer than two rows.
     """
-    a, b = (F.normalize(part.cpu().double(), dim=1) for part in (feats, reference))
+    a, b = (F.normalize(features.cpu().double(), dim=1) for features in (feats, reference))
     if min(len(a), len(b)) < 2:
         return None
 

@@ -29,13 +29,13 @@ from .models.tokenizer import Tokenizer
 from .models.unet import UNet
 from .models.vae import VAE
 
-PARTS: dict[str, tuple[str, str]] = {  # and their library and class in model_index.json
+COMPONENTS: dict[str, tuple[str, str]] = {  # and their library and class in model_index.json
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),
     "text_encoder": ("transformers", "CLIPTextModel"),
     "tokenizer": ("transformers", "CLIPTokenizer"),
 }
-XL_PARTS = {  # and of XL
+XL_COMPONENTS = {  # and of XL
     "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
     "tokenizer_2": ("transformers", "CLIPTokenizer"),
 }
@@ -104,8 +104,8 @@ class Pipeline:
         """Load a folder in the diffusers layout, a hub id, or a .safetensors file in the original layout.
 
         None is the embedded shapes checkpoint. `variant` "fp16" reads model.fp16.safetensors of the networks that have
-        it. `prediction_type` is for a file in the original layout alone (`original.parts`), whose tokenizer is a folder
-        tokenizer/ beside it or CLIP's from the hub. `vae` is a folder, a hub id or a .safetensors file of an
+        it. `prediction_type` is for a file in the original layout alone (`original.components`), whose tokenizer is a
+        folder tokenizer/ beside it or CLIP's from the hub. `vae` is a folder, a hub id or a .safetensors file of an
         autoencoder that takes the place of the source's. `hub`: token, cache_dir, local_files_only, see `resolve`.
         InputError names the file and what is wrong with it; TypeError a keyword that is none.
         """
@@ -114,24 +114,24 @@ class Pipeline:
             accepted = OTHER_NAMES.get(key, accepted)
             raise TypeError(f"Pipeline.from_pretrained: {key}= is no keyword of it; accepted: {accepted}")
         patterns = ["model_index.json", "README.md", "scheduler/scheduler_config.json"]
-        for part, (_, name) in NETWORKS.items():
-            patterns += weights_patterns(f"{part}/", name, variant)
-        for part in ("tokenizer", "tokenizer_2"):
-            patterns += [f"{part}/{file}" for file in Tokenizer.FILES]
+        for component, (_, name) in NETWORKS.items():
+            patterns += weights_patterns(f"{component}/", name, variant)
+        for component in ("tokenizer", "tokenizer_2"):
+            patterns += [f"{component}/{file}" for file in Tokenizer.FILES]
         place = resolve(source, patterns, revision=revision, **hub)
-        there = [part for part in NETWORKS if (place / part / "config.json").exists()]
-        lacking = [part for part in there if variant not in variants(place / part, NETWORKS[part][1])]
+        there = [name for name in NETWORKS if (place / name / "config.json").exists()]
+        lacking = [name for name in there if variant not in variants(place / name, NETWORKS[name][1])]
         if variant and lacking and lacking == there:
             raise InputError(f"{place}: no network has weights of the variant {variant!r}")
         if lacking:  # of a hub repository fetch what is read in its place, see `weights_files`
-            names = [(f"{part}/", NETWORKS[part][1]) for part in lacking]
-            found = [weights_patterns(*name) if variant else [f"{''.join(name)}*.safetensors*"] for name in names]
-            place = resolve(source, sum(found, []), revision=revision, **hub)
-        how: dict[str, Any] = {"device": device, "dtype": dtype}
+            names = [(f"{component}/", NETWORKS[component][1]) for component in lacking]
+            more = [weights_patterns(*name) if variant else [f"{''.join(name)}*.safetensors*"] for name in names]
+            place = resolve(source, sum(more, []), revision=revision, **hub)
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         if place.is_file():
-            pipe = _from_file(place, prediction_type, vae, how, hub)
+            pipe = _from_file(place, prediction_type, vae, options, hub)
         else:
-            pipe = _from_folder(place, variant, vae, how, hub)
+            pipe = _from_folder(place, variant, vae, options, hub)
         if dtype == torch.float16 and pipe.vae.config.get("force_upcast", True) and pipe.text_encoder_2 is not None:
             pipe.vae.float()  # XL's overflows in half precision, unless its config says otherwise
         pipe.source = "the bundled model" if source is None else str(source)
@@ -149,17 +149,17 @@ class Pipeline:
             raise ValueError("the UNet has adapters: merge_lora it first, or save_lora them alone")
         folder = Path(folder)
         xl = self.text_encoder_2 is not None
-        for part, (_, name) in NETWORKS.items():
-            if getattr(self, part) is not None:
-                save_network(getattr(self, part), folder / part, name, dtype)
-        for part in ("tokenizer", "tokenizer_2"):
-            if getattr(self, part) is not None:
-                getattr(self, part).save_pretrained(folder / part)
+        for component, (_, name) in NETWORKS.items():
+            if getattr(self, component) is not None:
+                save_network(getattr(self, component), folder / component, name, dtype)
+        for component in ("tokenizer", "tokenizer_2"):
+            if getattr(self, component) is not None:
+                getattr(self, component).save_pretrained(folder / component)
         (folder / "scheduler").mkdir(exist_ok=True)
         scheduler = self.schedule.source
         index: dict[str, Any] = {"_class_name": f"StableDiffusion{'XL' * xl}Pipeline"}
         index |= {"scheduler": ["diffusers", scheduler["_class_name"]], "image_encoder": [None, None]}
-        index |= {part: list(kind) for part, kind in (PARTS | XL_PARTS if xl else PARTS).items()}
+        index |= {name: list(kind) for name, kind in (COMPONENTS | XL_COMPONENTS if xl else COMPONENTS).items()}
         index |= {"feature_extractor": [None, None]}
         if xl:
             index["force_zeros_for_empty_prompt"] = self.zero_unconditional
@@ -181,7 +181,7 @@ class Pipeline:
         api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            stale = [f"{part}/*" for part in NETWORKS]  # weights of other names that diffusers would read first
+            stale = [f"{name}/*" for name in NETWORKS]  # weights of other names that diffusers would read first
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns=stale))
 
     @property
@@ -205,8 +205,8 @@ class Pipeline:
 
         `size` is the height and width of the images in pixels, `image_size` unless given.
         """
-        parts = [self._encode(list(prompts[i : i + 256]), size) for i in range(0, len(prompts), 256)]
-        return tuple(torch.cat(part) for part in zip(*parts))
+        chunks = [self._encode(list(prompts[i : i + 256]), size) for i in range(0, len(prompts), 256)]
+        return tuple(torch.cat(tensors) for tensors in zip(*chunks))
 
     def _encode(self, prompts: list[str], size: tuple[int, int] | None) -> Context:
         ids = self.tokenizer(prompts).to(self.device)
@@ -232,9 +232,9 @@ class Pipeline:
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (B,C,h,w) of the scaled latents of images, brought to `image_size` by `fit`."""
+        """Mean and standard deviation (B,C,h,w) of the scaled latents of images, `resized` to `image_size`."""
         weight = self.vae.encoder.conv_in.weight
-        pixels = to_pixels([fit(image, self.image_size) for image in images])
+        pixels = to_pixels([resized(image, self.image_size) for image in images])
         moments = self.vae.encode(pixels.to(weight.device, weight.dtype))
         mean, logvar = (moment.to(self.dtype) for moment in moments)
         return mean * self.vae.scaling_factor, (0.5 * logvar).exp() * self.vae.scaling_factor
@@ -295,7 +295,7 @@ class Pipeline:
         size = latents.shape[2] * self.vae.factor, latents.shape[3] * self.vae.factor
         context = self.encode_prompts(prompts, size)
         unconditional = tuple(
-            part.expand_as(like) for part, like in zip(self.encode_unconditional(negative_prompt, size), context)
+            empty.expand_as(like) for empty, like in zip(self.encode_unconditional(negative_prompt, size), context)
         )
         latents = latents.to(self.device, self.dtype)
         return self.decode(
@@ -343,34 +343,35 @@ def _check_finite(numbers: Tensor, what: str) -> None:
 
 
 def _from_folder(
-    folder: Path, variant: str | None, vae: str | Path | None, how: dict[str, Any], hub: dict[str, Any]
+    folder: Path, variant: str | None, vae: str | Path | None, options: dict[str, Any], hub: dict[str, Any]
 ) -> Pipeline:
     index_path = folder / "model_index.json"
     if not index_path.exists():
-        _refuse_a_part(folder)
+        _refuse_a_component(folder)
     index = read_json(index_path)
     xl = "text_encoder_2" in index  # whichever of XL's pipelines saved it
-    needed = [part for part in (PARTS | XL_PARTS if xl else PARTS) if part != "vae" or vae is None]
-    for part in needed:
-        named, kind = index.get(part), (PARTS | XL_PARTS)[part][1]
+    all_names = COMPONENTS | XL_COMPONENTS if xl else COMPONENTS
+    needed = [name for name in all_names if name != "vae" or vae is None]
+    for component in needed:
+        named, kind = index.get(component), (COMPONENTS | XL_COMPONENTS)[component][1]
         named = named[-1] if isinstance(named, list) and named else named
         if named not in (kind, kind + "Fast"):
-            raise InputError(f"{index_path}: {part} is {named!r}; accepted: {kind!r}")
+            raise InputError(f"{index_path}: {component} is {named!r}; accepted: {kind!r}")
     config_path = folder / "scheduler" / "scheduler_config.json"
-    parts: dict[str, Any] = {"schedule": _schedule(read_json(config_path), config_path, xl)}
-    for part, (build, name) in NETWORKS.items():
-        if part in needed:
-            parts[part] = load_network(build, folder / part, name, variant=variant, **how)
+    components: dict[str, Any] = {"schedule": _schedule(read_json(config_path), config_path, xl)}
+    for component, (build, name) in NETWORKS.items():
+        if component in needed:
+            components[component] = load_network(build, folder / component, name, variant=variant, **options)
     if vae is not None:
-        parts["vae"] = _load_vae(vae, xl, how, hub)
-    for part in ("tokenizer", "tokenizer_2") if xl else ("tokenizer",):
-        parts[part] = Tokenizer.from_pretrained(folder / part)
-    _correct_sample_size(parts["unet"], xl)
+        components["vae"] = _load_vae(vae, xl, options, hub)
+    for component in ("tokenizer", "tokenizer_2") if xl else ("tokenizer",):
+        components[component] = Tokenizer.from_pretrained(folder / component)
+    _correct_sample_size(components["unet"], xl)
     card = folder / "README.md"
     if card.is_file():
-        parts["card"] = read_bytes(card).decode("utf-8", errors="replace")
+        components["card"] = read_bytes(card).decode("utf-8", errors="replace")
     zero_unconditional = xl and bool(index.get("force_zeros_for_empty_prompt", True))
-    return Pipeline(**parts, zero_unconditional=zero_unconditional, world=str(index.get(WORLD) or ""))
+    return Pipeline(**components, zero_unconditional=zero_unconditional, world=str(index.get(WORLD) or ""))
 
 
 def _correct_sample_size(unet: UNet, xl: bool) -> None:
@@ -381,72 +382,74 @@ def _correct_sample_size(unet: UNet, xl: bool) -> None:
         unet.config = unet.config | {"sample_size": 64}
 
 
-def _refuse_a_part(folder: Path) -> None:
+def _refuse_a_component(folder: Path) -> None:
     """InputError for one network of a pipeline without the rest."""
-    kinds = {kind: part for part, (_, kind) in (PARTS | XL_PARTS).items()}
+    kinds = {kind: component for component, (_, kind) in (COMPONENTS | XL_COMPONENTS).items()}
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    part = kinds.get(str(config.get("_class_name")), folder.name)
-    if part in NETWORKS and config:
+    component = kinds.get(str(config.get("_class_name")), folder.name)
+    if component in NETWORKS and config:
         if (folder.parent / "model_index.json").exists():
-            raise InputError(f"{folder}: is the {part} of a pipeline alone; give the folder above, {folder.parent}")
-        raise InputError(f"{folder}: is a {part} alone; put it as {part}/ into a copy of its pipeline and give that")
-    found = [part for part in NETWORKS if (folder / part).is_dir()]
-    if found and len(found) < 3:
-        has = " and ".join(found)
+            where = f"give the folder above, {folder.parent}"
+            raise InputError(f"{folder}: is the {component} of a pipeline alone; {where}")
+        where = f"put it as {component}/ into a copy of its pipeline and give that"
+        raise InputError(f"{folder}: is a {component} alone; {where}")
+    present = [component for component in NETWORKS if (folder / component).is_dir()]
+    if present and len(present) < 3:
+        has = " and ".join(present)
         raise InputError(f"{folder}: has no model_index.json but {has} alone; copy it into its pipeline and give that")
 
 
 def _from_file(
-    path: Path, prediction_type: str | None, vae: str | Path | None, how: dict[str, Any], hub: dict[str, Any]
+    path: Path, prediction_type: str | None, vae: str | Path | None, options: dict[str, Any], hub: dict[str, Any]
 ) -> Pipeline:
     weights = read_weights(path)
     if not original.is_original(weights):
         raise InputError(f"{path}: not in the original layout of Stable Diffusion (no {original.UNET}input_blocks)")
     try:
-        found = original.parts(weights, prediction_type)
+        converted = original.components(weights, prediction_type)
     except MALFORMED as error:
         raise InputError(f"{path}: not a Stable Diffusion 1.x, 2.x or XL base checkpoint ({error})") from error
-    xl = "text_encoder_2" in found
-    parts: dict[str, Any] = {"schedule": _schedule(found.pop("scheduler")[0], path, xl)}
+    xl = "text_encoder_2" in converted
+    components: dict[str, Any] = {"schedule": _schedule(converted.pop("scheduler")[0], path, xl)}
     if vae is not None:
-        found.pop("vae", None)
-        parts["vae"] = _load_vae(vae, xl, how, hub)
-    elif "vae" not in found:
+        converted.pop("vae", None)
+        components["vae"] = _load_vae(vae, xl, options, hub)
+    elif "vae" not in converted:
         accepted = "a folder in the diffusers layout, a hub id or a .safetensors file"
         raise InputError(f"{path}: has no autoencoder (VAE; no {original.VAE}); give one as vae, accepted: {accepted}")
-    for part, (config, tensors) in found.items():
-        parts[part] = build_network(NETWORKS[part][0], config, tensors, path, path, **how)
+    for component, (config, tensors) in converted.items():
+        components[component] = build_network(NETWORKS[component][0], config, tensors, path, path, **options)
     beside = path.parent / "tokenizer"
     try:
         folder = beside if beside.is_dir() else resolve(TOKENIZER, list(Tokenizer.FILES), **hub)
     except InputError as error:
         raise InputError(f"{path}: has no tokenizer; put a folder tokenizer beside it ({error})") from error
-    parts["tokenizer"] = Tokenizer.from_pretrained(folder)
+    components["tokenizer"] = Tokenizer.from_pretrained(folder)
     padded_by_0 = {"pad_token": "!"}  # as 2.x and XL's second tower were trained
     if xl:
-        parts["tokenizer_2"] = Tokenizer.from_pretrained(folder, padded_by_0)
-    elif found["unet"][0]["use_linear_projection"]:
-        parts["tokenizer"] = Tokenizer.from_pretrained(folder, padded_by_0)
-    return Pipeline(**parts, zero_unconditional=xl)
+        components["tokenizer_2"] = Tokenizer.from_pretrained(folder, padded_by_0)
+    elif converted["unet"][0]["use_linear_projection"]:
+        components["tokenizer"] = Tokenizer.from_pretrained(folder, padded_by_0)
+    return Pipeline(**components, zero_unconditional=xl)
 
 
-def _load_vae(source: str | Path, xl: bool, how: dict[str, Any], hub: dict[str, Any]) -> VAE:
+def _load_vae(source: str | Path, xl: bool, options: dict[str, Any], hub: dict[str, Any]) -> VAE:
     """An autoencoder from a folder (its own or a pipeline's), a hub id, or a file in either layout."""
     build, name = NETWORKS["vae"]
     place = resolve(source, weights_patterns("", name) + weights_patterns("vae/", name), **hub)
     if place.is_dir():
-        vae: VAE = load_network(build, place / "vae" if (place / "vae").is_dir() else place, name, **how)
+        vae: VAE = load_network(build, place / "vae" if (place / "vae").is_dir() else place, name, **options)
         return vae
     weights, config_path = read_weights(place), place.parent / "config.json"
     if "encoder.conv_norm_out.weight" in weights:  # diffusers' names
         config = read_json(config_path)
     else:
         try:
-            config, weights = original.vae_part(weights, xl)
+            config, weights = original.vae_component(weights, xl)
         except MALFORMED as error:
             raise InputError(f"{place}: not the autoencoder of Stable Diffusion ({first_line(error)})") from error
         config_path = place
-    vae = build_network(build, config, weights, config_path, place, **how)
+    vae = build_network(build, config, weights, config_path, place, **options)
     return vae
 
 
@@ -465,7 +468,7 @@ def _schedule(config: dict[str, Any], path: Path, xl: bool) -> NoiseSchedule:
 
 
 def _check_fit(pipe: Pipeline, place: Path) -> None:
-    """InputError unless the parts fit together."""
+    """InputError unless the components belong together."""
     channels, width = pipe.vae.latent_channels, 0
     rows = []
     for suffix, encoder, tokenizer in (
@@ -494,15 +497,15 @@ def _check_fit(pipe: Pipeline, place: Path) -> None:
     for what, has, least, most in rows:
         if not least <= has <= most:
             accepted = least if least == most else f"{least} to {most}"
-            raise InputError(f"{place}: {what} is {has}; accepted with the other parts: {accepted}")
+            raise InputError(f"{place}: {what} is {has}; accepted with the other components: {accepted}")
 
 
-# version of what `fit`, `to_pixels` and `Pipeline.encode_images` make of an image; a new one where they change, for the
-# keys of cached latents hold it
+# The version of what `resized`, `to_pixels` and `Pipeline.encode_images` make of an image. The keys of cached latents
+# hold it, so that it changes where they do.
 PREPROCESSING = "1: the shorter side by Lanczos, then the centre"
 
 
-def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The image at height and width `size`, not distorted: resized by the shorter side, cropped to the centre."""
     height, width = size
     return image if image.size == (width, height) else ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)

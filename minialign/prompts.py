@@ -125,7 +125,7 @@ def split(grammar: Grammar, seed: int = 0) -> Split:
     Of those of a held-out object 1/8 are others too: pairs keep what pre-training taught, and that was of all objects.
     """
     rng = random.Random(seed)
-    parts = Split([], [], [], [])
+    result = Split([], [], [], [])
     for category in CATEGORIES:
         prompts = [p for p in all_prompts(grammar) if p.category == category]
         if category == "combination" and grammar.combinations is not None:
@@ -135,12 +135,12 @@ def split(grammar: Grammar, seed: int = 0) -> Split:
         rng.shuffle(known)
         rng.shuffle(new)
         quarter, eighth = len(known) // 4, len(known) // 8
-        parts.new_combinations.extend(known[:quarter])
-        parts.others.extend(known[quarter : quarter + eighth])
-        parts.seen.extend(known[quarter + eighth :])
-        parts.others.extend(new[: len(new) // 8])
-        parts.new_objects.extend(new[len(new) // 8 :])
-    return parts
+        result.new_combinations.extend(known[:quarter])
+        result.others.extend(known[quarter : quarter + eighth])
+        result.seen.extend(known[quarter + eighth :])
+        result.others.extend(new[: len(new) // 8])
+        result.new_objects.extend(new[len(new) // 8 :])
+    return result
 
 
 def exchange(prompt: Prompt, attribute: str, grammar: Grammar, rng: random.Random) -> Prompt:
@@ -165,8 +165,8 @@ def parse(text: str, grammar: Grammar) -> Prompt | None:
 
 def recognise(text: str) -> tuple[Prompt, Grammar] | None:
     """The prompt of one of GRAMMARS whose text this is, and that grammar; None for any other sentence."""
-    found = ((parse(text, grammar), grammar) for grammar in GRAMMARS)
-    return next(((prompt, grammar) for prompt, grammar in found if prompt is not None), None)
+    parsed = ((parse(text, grammar), grammar) for grammar in GRAMMARS)
+    return next(((prompt, grammar) for prompt, grammar in parsed if prompt is not None), None)
 
 
 def contrastive_prompts(text: str, number: int, others: Sequence[str], rng: random.Random) -> list[str]:
@@ -181,10 +181,10 @@ def contrastive_prompts(text: str, number: int, others: Sequence[str], rng: rand
 
 
 def _differs(text: str, prompt: Prompt, grammar: Grammar) -> bool:
-    found = parse(text, grammar)
-    if found is None:
+    parsed = parse(text, grammar)
+    if parsed is None:
         return True
-    words = [(getattr(found, attribute), getattr(prompt, attribute)) for attribute in ATTRIBUTES]
+    words = [(getattr(parsed, attribute), getattr(prompt, attribute)) for attribute in ATTRIBUTES]
     return any(None not in both and both[0] != both[1] for both in words)
 
 

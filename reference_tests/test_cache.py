@@ -32,7 +32,7 @@ from minialign.models.clip import CLIP, ProjectedTextEncoder, TextEncoder
 from minialign.models.tokenizer import Tokenizer
 from minialign.models.unet import UNet
 from minialign.models.vae import VAE
-from minialign.pipeline import PREPROCESSING, fit
+from minialign.pipeline import PREPROCESSING, resized
 
 TOKENIZER = Tokenizer.from_pretrained(GOLDENS / "tokenizer")
 TEXT = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "eos_token_id": 2}
@@ -147,18 +147,18 @@ def test_images_are_cropped_and_not_distorted(pipe):
     assert size == (16, 16)
     for width, height in ((16, 16), (32, 32), (9, 9), (48, 48)):  # of the same proportions: as resized
         picture = image(width, height, "RGB")
-        assert fit(picture, size).tobytes() == picture.resize((16, 16), Image.Resampling.LANCZOS).tobytes()
-    assert fit(image(45, 30, "RGB"), (20, 30)).tobytes() == image(45, 30, "RGB").resize((30, 20), 1).tobytes()
+        assert resized(picture, size).tobytes() == picture.resize((16, 16), Image.Resampling.LANCZOS).tobytes()
+    assert resized(image(45, 30, "RGB"), (20, 30)).tobytes() == image(45, 30, "RGB").resize((30, 20), 1).tobytes()
     for width, height in ((64, 32), (32, 64), (48, 16), (16, 20)):  # of others: resized whole, then cropped
         picture, short = image(width, height, "RGB"), min(width, height)
         whole = picture.resize((width * 16 // short, height * 16 // short), Image.Resampling.LANCZOS)
         left, top = (whole.width - 16) // 2, (whole.height - 16) // 2
         expected = whole.crop((left, top, left + 16, top + 16))
-        assert np.abs(np.asarray(fit(picture, size), int) - np.asarray(expected, int)).max() <= 1
-    assert fit(image(1000, 1, "RGB"), size).size == (16, 16)
-    assert fit(image(45, 40, "RGB"), (10, 30)).size == (30, 10)
+        assert np.abs(np.asarray(resized(picture, size), int) - np.asarray(expected, int)).max() <= 1
+    assert resized(image(1000, 1, "RGB"), size).size == (16, 16)
+    assert resized(image(45, 40, "RGB"), (10, 30)).size == (30, 10)
     mean, _ = pipe.encode_images([image(64, 32, "RGB")])
-    assert torch.equal(mean, pipe.encode_images([fit(image(64, 32, "RGB"), size)])[0])
+    assert torch.equal(mean, pipe.encode_images([resized(image(64, 32, "RGB"), size)])[0])
 
 
 # ------------------------------------------------------------------------------------------------------- computed once
@@ -283,7 +283,7 @@ def test_it_is_said_how_many_pairs_are_read(pipe, source, tmp_path, capsys):
     (source / "004.png").write_text("no image")
     for part, said in (((1, 2), ""), ((0, 2), "29 pairs are read, 1 left out, each named in ")):
         log = Skipped(tmp_path / "log.jsonl", part)
-        entries = encode_pairs(pipe, str(source), tmp_path / "cache", batch=99, part=part, skipped=log)
+        entries = encode_pairs(pipe, str(source), tmp_path / "cache", batch=99, share=part, skipped=log)
         capsys.readouterr()
         if not part[0]:
             entries.kept(Cache(tmp_path / "cache"))
@@ -313,12 +313,12 @@ def test_two_processes_give_the_same_as_one(pipe, source, tmp_path, calls, kind)
     alone = encode_pairs(pipe, str(given), tmp_path / "one", batch=4)
     assert sum(calls) == 30
     calls.clear()
-    shares = [encode_pairs(pipe, str(given), tmp_path / "two", batch=4, part=(rank, 2)) for rank in (1, 0)]
+    shares = [encode_pairs(pipe, str(given), tmp_path / "two", batch=4, share=(rank, 2)) for rank in (1, 0)]
     assert sum(calls) == 30 and calls == [4, 4, 4, 3] * 2
     prompts = [f"{i} dogs" for i in range(7)]
     expected = encode_texts(pipe, prompts, tmp_path / "one", batch=2)
     calls.clear()
-    keys = [encode_texts(pipe, prompts, tmp_path / "two", batch=2, part=(rank, 2)) for rank in (0, 1)]
+    keys = [encode_texts(pipe, prompts, tmp_path / "two", batch=2, share=(rank, 2)) for rank in (0, 1)]
     assert calls == [2, 2, 2, 1] and (keys[0] == expected).all() and (keys[1] == expected).all()
     one, two = Cache(tmp_path / "one"), Cache(tmp_path / "two")
     assert len(one) == len(two) == 38
@@ -335,7 +335,7 @@ def test_two_processes_give_the_same_as_one(pipe, source, tmp_path, calls, kind)
 def test_a_share_does_not_depend_on_what_others_have_written(pipe, tmp_path):
     texts = [f"{i} cows" for i in range(9)]
     encode_texts(pipe, texts[:4], tmp_path, batch=2)  # of an earlier run
-    keys = [encode_texts(pipe, texts, tmp_path, batch=2, part=(rank, 3)) for rank in (2, 0, 1)]  # one after the other
+    keys = [encode_texts(pipe, texts, tmp_path, batch=2, share=(rank, 3)) for rank in (2, 0, 1)]  # one after the other
     assert Cache(tmp_path).has(keys[0]).all()
 
 
@@ -370,10 +370,10 @@ def test_bad_images_are_left_out_up_to_5_percent(pipe, source, tmp_path, bad, ca
         (source / "011.txt").unlink()
     for part in ((0, 1), (0, 2), (1, 2)):
         folder, log = tmp_path / f"cache-{part[1]}", tmp_path / f"log-of-{part[1]}.jsonl"
-        entries = encode_pairs(pipe, str(source), folder, batch=8, part=part, skipped=Skipped(log, part))
+        entries = encode_pairs(pipe, str(source), folder, batch=8, share=part, skipped=Skipped(log, part))
     for rank in (0, 1):
         skipped = Skipped(tmp_path / "log-of-2.jsonl", (rank, 2))
-        entries = encode_pairs(pipe, str(source), folder, batch=8, part=(rank, 2), skipped=skipped)
+        entries = encode_pairs(pipe, str(source), folder, batch=8, share=(rank, 2), skipped=skipped)
         if bad == 2:
             with pytest.raises(InputError, match=r"set: 2 of 20 images or captions .* 5 %.*log-of-2\*\.jsonl"):
                 entries.kept(Cache(folder))

@@ -261,7 +261,7 @@ def test_the_last_layer_of_2_x_is_its_24th(tmp_path):
     tower.save_pretrained(tmp_path)
     for added in (0, 1):
         weights = openclip(tmp_path, "", added)
-        config, found = original._openclip(weights, whole=False)
+        config, found = original._openclip(weights, xl=False)
         assert config["num_hidden_layers"] == 23 and not any("layers.23" in key for key in found)
 
 
@@ -269,9 +269,9 @@ def test_the_projection_of_xl_in_both_layouts(tmp_path):
     second = transformers.CLIPTextModelWithProjection(text_config(8, projection_dim=5))
     second.save_pretrained(tmp_path)
     weights = openclip(tmp_path, "")
-    _, found = original._openclip(weights, whole=True)
+    _, found = original._openclip(weights, xl=True)
     exported = {key: t for key, t in weights.items() if key != "text_projection"}
-    _, again = original._openclip(exported | {"text_projection.weight": weights["text_projection"].T}, whole=True)
+    _, again = original._openclip(exported | {"text_projection.weight": weights["text_projection"].T}, xl=True)
     for tensors in (found, again):
         assert torch.equal(tensors["text_projection.weight"], second.text_projection.weight)
 

@@ -28,7 +28,7 @@ from minialign.evaluate.judges import (
     reference_features,
     reference_images,
 )
-from minialign.evaluate.sets import clean, compared_sets, outcomes, rows_of_sets, told
+from minialign.evaluate.sets import clean, compared_sets, outcome_fractions, outcomes, rows_of_sets
 from minialign.evaluate.tables import SAMPLES, best_of_curves, by_group, picture, samples
 from minialign.feedback import FeedbackStore
 from minialign.files import InputError
@@ -234,7 +234,7 @@ def test_raters_decide_on_sets_as_often_as_the_binomial_says():
     """Of sets of one image: a rater prefers ours with (1-e)^2, theirs with e^2; six of nine decide."""
     number, wrong = 20_000, 0.2
     ours, theirs = torch.ones(number, 1), torch.zeros(number, 1)
-    found = told(outcomes(ours, theirs, 9, wrong, seed=0))
+    found = outcome_fractions(outcomes(ours, theirs, 9, wrong, seed=0))
 
     def six_of_nine(p):
         return sum(math.comb(9, k) * p**k * (1 - p) ** (9 - k) for k in range(6, 10))

@@ -17,7 +17,7 @@ from minialign.measures import area_under_curve, ranked_right
 from minialign.models.reward import comparison_loss, mse_loss, prompt_classification_loss
 from minialign.reward import REWARDS, load_reward
 from minialign.reward.__main__ import main
-from minialign.reward.labels import FEWEST, LEARN, PARTS, read_labelled, split_feedback, split_labels
+from minialign.reward.labels import FEWEST, LEARN, SUBSETS, read_labelled, split_feedback, split_labels
 from minialign.reward.trainer import Comparisons, Pairs, rewards_of, train_reward
 
 
@@ -262,9 +262,9 @@ def test_no_image_that_judges_is_learned_from_by_a_comparison():
     assert sorted(pair for part in compared.values() for pair in part) == sorted(pairs)
     learned = {*split.learn, *(i for pair in compared[LEARN] for i in pair[:2])}
     assert not learned & {*split.known, *split.new}
-    new = {prompts[i] for i in split.new} | {prompts[pair[0]] for pair in compared[PARTS[1]]}
+    new = {prompts[i] for i in split.new} | {prompts[pair[0]] for pair in compared[SUBSETS[1]]}
     assert len(new) == 2 and not new & {prompts[i] for i in learned}
-    assert len(compared[PARTS[0]]) > 10 < len(compared[PARTS[1]])
+    assert len(compared[SUBSETS[0]]) > 10 < len(compared[SUBSETS[1]])
     expected = split_labels([prompts[i] for i in labels], 1)  # with labels alone it is that of labels
     rows = list(labels)
     assert split_feedback({i: prompts[i] for i in labels}, labels, [], 1)[0] == tuple(

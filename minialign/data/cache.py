@@ -4,13 +4,13 @@ Fine-tuning (Lee et al. 2023, section 3.3) trains the UNet alone, so that the mo
 context of a prompt never change. They are kept in a folder of safetensors shards that are mapped into memory. The key
 of an entry is a digest of all that it depends on: the network's weights, the preprocessing, the file or the text.
 
-    entries = encode_pairs(pipe, source, folder, batch=8, part=(rank, processes))
-    keys = encode_texts(pipe, entries.captions, folder, batch=64, part=(rank, processes))
+    entries = encode_pairs(pipe, source, folder, batch=8, share=(rank, processes))
+    keys = encode_texts(pipe, entries.captions, folder, batch=64, share=(rank, processes))
     barrier()  # now everybody's shards are there
     cache = Cache(folder)
     entries = entries.kept(cache)  # without what could not be read; 5 % at most
     mean, std = cache.rows("mean", entries.keys), cache.rows("std", entries.keys)
-    context = cache.context(keys)  # the last row of each part: no prompt
+    context = cache.context(keys)  # the last row of each: no prompt
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ..engine.optimising import progress
 from ..files import MALFORMED, InputError, checksum, first_line, read_weights, write_tensors
 from ..models.clip import CLIP
 from ..models.tokenizer import Tokenizer
-from ..pipeline import PREPROCESSING, Pipeline, fit
+from ..pipeline import PREPROCESSING, Pipeline, resized
 from .pairs import READING, Pair, Skipped, Unusable, open_image, read_pairs, regular
 
 KEY = np.dtype("S16")  # keys are arrays of this: 16 bytes, compared as bytes
@@ -72,8 +72,8 @@ class Rows:
         flat = index.cpu().numpy().reshape(-1)
         places = zip(self._shard[flat].tolist(), self._row[flat].tolist())
         rows = [self._tensors[shard][row] for shard, row in places]
-        found = torch.stack(rows).float() if rows else torch.empty(0)
-        return found.view(*index.shape, *self.shape[1:])
+        values = torch.stack(rows).float() if rows else torch.empty(0)
+        return values.view(*index.shape, *self.shape[1:])
 
 
 class _Shard:
@@ -139,16 +139,16 @@ class Cache:
 
     def rows(self, name: str, keys: np.ndarray) -> Rows:
         """The tensor `name` of the entries of the keys (N,), in their order; InputError where entries are missing."""
-        at, found = self._find(keys)
-        if not found.all():
-            raise InputError(f"{self.folder}: {(~found).sum()} of {len(keys)} entries are missing; run again")
+        at, present = self._find(keys)
+        if not present.all():
+            raise InputError(f"{self.folder}: {(~present).sum()} of {len(keys)} entries are missing; run again")
         return Rows(self._shards, name, self._shard[at], self._row[at])
 
     def context(self, keys: np.ndarray) -> tuple[Rows, ...]:
-        """The parts of the contexts of `encode_texts`' keys (P+1,), the last row of each being no prompt's."""
-        at, found = self._find(keys[-1:])
-        parts = sorted(self._shards[self._shard[at[0]]].tensors) if found.all() else ["context0"]
-        return tuple(self.rows(name, keys) for name in parts)
+        """The tensors of the contexts of `encode_texts`' keys (P+1,), the last row of each being no prompt's."""
+        at, present = self._find(keys[-1:])
+        names = sorted(self._shards[self._shard[at[0]]].tensors) if present.all() else ["context0"]
+        return tuple(self.rows(name, keys) for name in names)
 
 
 @dataclass(frozen=True)
@@ -166,19 +166,21 @@ class Entries:
         The rest could not be read and is in the logs; InputError where that is more than 5 % of the source. All
         processes see the same, so that all of them stop or none.
         """
-        found = cache.has(self.keys)
-        missing = int((~found).sum())
+        present = cache.has(self.keys)
+        missing = int((~present).sum())
         if self.skipped is not None:
-            self.skipped.check(len(found), missing)
+            self.skipped.check(len(present), missing)
             left_out = self.skipped.listed + missing
-            if self.skipped.part[0] == 0:
+            if self.skipped.share[0] == 0:
                 named = f", each named in {self.skipped.logs}" if left_out else ""
-                counts = f"{len(found) - missing:,} pairs are read, {left_out:,} left out"
+                counts = f"{len(present) - missing:,} pairs are read, {left_out:,} left out"
                 print(f"{self.skipped.source}: {counts}{named}", flush=True)
         elif missing:
-            raise InputError(f"{cache.folder}: {missing} of {len(found)} entries are missing; run again")
-        kept = np.flatnonzero(found).tolist()
-        return Entries(self.keys[found], [self.names[i] for i in kept], [self.captions[i] for i in kept], self.skipped)
+            raise InputError(f"{cache.folder}: {missing} of {len(present)} entries are missing; run again")
+        kept = np.flatnonzero(present).tolist()
+        return Entries(
+            self.keys[present], [self.names[i] for i in kept], [self.captions[i] for i in kept], self.skipped
+        )
 
 
 def encode_pairs(
@@ -188,19 +190,19 @@ def encode_pairs(
     *,
     batch: int,
     dtype: torch.dtype = torch.float32,
-    part: tuple[int, int] = (0, 1),
+    share: tuple[int, int] = (0, 1),
     skipped: Skipped | None = None,
     seed: int = 0,
 ) -> Entries:
     """Encode those images that are not in the cache yet, `batch` at a time; the entries of all of them.
 
-    pairs: a source (see `read_pairs`, also for `seed`) or pairs at hand. Of several processes, part = (its number, how
+    pairs: a source (see `read_pairs`, also for `seed`) or pairs at hand. Of several processes, share = (its number, how
     many), each encodes every so manyth image. dtype: float32 or float16, as what is kept. An image that cannot be read
     goes to `skipped` (of a source: skipped.jsonl in the folder, unless given) and is tried again by the next run;
     without `skipped` it raises Unusable.
     """
     if isinstance(pairs, str) and skipped is None:
-        skipped = Skipped(folder / "skipped.jsonl", part)
+        skipped = Skipped(folder / "skipped.jsonl", share)
 
     def read() -> Iterable[Pair]:
         if not isinstance(pairs, str):
@@ -215,7 +217,7 @@ def encode_pairs(
         names.append(pair.name)
         captions.append(pair.caption)
     entries = Entries(np.frombuffer(bytes(keys), KEY), names, captions, skipped)
-    todo = _todo(entries.keys, folder, part)
+    todo = _todo(entries.keys, folder, share)
     if not todo.any():
         return entries
     size = pipe.image_size
@@ -225,7 +227,7 @@ def encode_pairs(
             if not wanted:
                 continue
             try:
-                image = fit(pair.open(), size)
+                image = resized(pair.open(), size)
             except Unusable as error:
                 if skipped is None:
                     raise
@@ -248,38 +250,38 @@ def encode_texts(
     *,
     batch: int,
     dtype: torch.dtype = torch.float32,
-    part: tuple[int, int] = (0, 1),
+    share: tuple[int, int] = (0, 1),
 ) -> np.ndarray:
     """Encode those prompts that are not in the cache yet; the keys (P+1,) of all, the last one that of no prompt.
 
-    `dtype` and `part` as in `encode_pairs`.
+    `dtype` and `share` as in `encode_pairs`.
     """
     key = _text_keys(pipe, dtype)
     keys = np.frombuffer(b"".join([*(key(f"prompt {text}") for text in texts), key("none")]), KEY)
-    todo = np.flatnonzero(_todo(keys, folder, part)).tolist()
+    todo = np.flatnonzero(_todo(keys, folder, share)).tolist()
     prompts = [i for i in todo if i < len(texts)]
     with _Writer(folder, dtype) as writer:
         if len(prompts) < len(todo):
-            writer.add([keys[-1:].tobytes()], **_parts(pipe.encode_unconditional()))
+            writer.add([keys[-1:].tobytes()], **_by_name(pipe.encode_unconditional()))
         for start in progress(range(0, len(prompts), batch), "encode prompts"):
             chunk = prompts[start : start + batch]
             context = pipe.encode_prompts([texts[i] for i in chunk])
-            writer.add([keys[i : i + 1].tobytes() for i in chunk], **_parts(context))
+            writer.add([keys[i : i + 1].tobytes() for i in chunk], **_by_name(context))
     return keys
 
 
-def _parts(context: Sequence[Tensor]) -> dict[str, Tensor]:
-    return {f"context{i}": part for i, part in enumerate(context)}
+def _by_name(context: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {f"context{i}": tensor for i, tensor in enumerate(context)}
 
 
-def _todo(keys: np.ndarray, folder: Path, part: tuple[int, int]) -> np.ndarray:
+def _todo(keys: np.ndarray, folder: Path, share: tuple[int, int]) -> np.ndarray:
     """Which of the keys (N,) this process encodes, (N,) bool.
 
     By their number, not by what others have left: that changes while they write.
     """
     first = np.zeros(len(keys), bool)
     first[np.unique(keys, return_index=True)[1]] = True
-    return first & (np.arange(len(keys)) % part[1] == part[0]) & ~Cache(folder).has(keys)
+    return first & (np.arange(len(keys)) % share[1] == share[0]) & ~Cache(folder).has(keys)
 
 
 class _Writer:
@@ -293,28 +295,28 @@ class _Writer:
 
     def _clear(self) -> None:
         self.keys: list[bytes] = []
-        self.parts: dict[str, list[Tensor]] = {}
+        self.chunks: dict[str, list[Tensor]] = {}
         self.bytes, self.begun = 0, time.monotonic()
 
     def __enter__(self) -> _Writer:
         return self
 
-    def add(self, keys: list[bytes], **parts: Tensor) -> None:
+    def add(self, keys: list[bytes], **tensors: Tensor) -> None:
         """Entries' keys, 16 bytes each, and tensors with a row each."""
-        kept = {name: part.detach().to("cpu", self.dtype) for name, part in parts.items()}
-        for name, part in kept.items():  # all of them before any is taken: rows and keys stay together
-            if not part.isfinite().all():
+        kept = {name: tensor.detach().to("cpu", self.dtype) for name, tensor in tensors.items()}
+        for name, tensor in kept.items():  # all of them before any is taken: rows and keys stay together
+            if not tensor.isfinite().all():
                 raise InputError(f"{name}: what the network says is not finite in {self.dtype}; accepted: float32")
-        for name, part in kept.items():
-            self.parts.setdefault(name, []).append(part)
-            self.bytes += part.nbytes
+        for name, tensor in kept.items():
+            self.chunks.setdefault(name, []).append(tensor)
+            self.bytes += tensor.nbytes
         self.keys += keys
         if self.bytes >= SHARD_BYTES or time.monotonic() - self.begun >= SHARD_SECONDS:
             self.write()
 
     def write(self) -> None:
         keys = b"".join(self.keys)
-        tensors = {name: torch.cat(parts) for name, parts in self.parts.items()}
+        tensors = {name: torch.cat(chunks) for name, chunks in self.chunks.items()}
         tensors["keys"] = torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(-1, KEY.itemsize)
         metadata = {"keys_crc32": f"{zlib.crc32(keys):08x}"}
         write_tensors(self.folder / f"entries-{uuid.uuid4().hex}.safetensors", tensors, metadata)
@@ -349,8 +351,8 @@ def features(path: Path, clip: CLIP, images: Sequence[Path], texts: Sequence[str
         missing = {key: item for key, item in zip(keys, items) if key not in known}
         last = time.monotonic()
         for start in progress(range(0, len(missing), BATCH), f"CLIP, {what}"):
-            part = dict(islice(missing.items(), start, start + BATCH))
-            known.update(zip(part, call(list(part.values())).float().cpu()))
+            chunk = dict(islice(missing.items(), start, start + BATCH))
+            known.update(zip(chunk, call(list(chunk.values())).float().cpu()))
             if time.monotonic() - last > 60 or start + BATCH >= len(missing):
                 save()
                 last = time.monotonic()
@@ -361,8 +363,8 @@ def features(path: Path, clip: CLIP, images: Sequence[Path], texts: Sequence[str
     text_keys = [hashlib.sha256(b"text\0" + text.encode()).digest() for text in texts]
     with torch.no_grad():
         return (
-            embed(image_keys, images, "images", lambda part: embed_files(clip, part)),
-            embed(text_keys, texts, "prompts", lambda part: clip.encode_text(clip.tokenizer(part).to(device))),
+            embed(image_keys, images, "images", lambda chunk: embed_files(clip, chunk)),
+            embed(text_keys, texts, "prompts", lambda chunk: clip.encode_text(clip.tokenizer(chunk).to(device))),
         )
 
 
@@ -409,8 +411,8 @@ def pipeline_digest(pipe: Pipeline) -> str:
 def _image_keys(pipe: Pipeline, dtype: torch.dtype) -> Callable[[str], bytes]:
     digest = hashlib.sha256()
     _add_network(digest, pipe.vae, ("decoder.", "post_quant_conv."))
-    how = [READING, PREPROCESSING, pipe.image_size, str(pipe.dtype), str(dtype)]
-    return _keys(["image", digest.hexdigest(), *how])
+    options = [READING, PREPROCESSING, pipe.image_size, str(pipe.dtype), str(dtype)]
+    return _keys(["image", digest.hexdigest(), *options])
 
 
 def _text_keys(pipe: Pipeline, dtype: torch.dtype) -> Callable[[str], bytes]:

@@ -2,7 +2,7 @@
 
 The pre-training term of the method (Lee et al. 2023, section 3.3) asks for image-text pairs like those that the model
 was trained on. They come from a folder or from WebDataset's shards, one at a time; what cannot be used is named in a
-log. `open_image` is the one reader of images of the whole project.
+log. `open_image` is the one reader of images of the project.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def image_files(folder: str | Path) -> tuple[list[Path], list[Path]]:
 
     Hidden ones are left out, links are followed.
     """
-    found = [(Path(place, name), _split(name)[1]) for place, _, names in _walk(str(folder)) for name in names]
-    read, left_out = (sorted(path for path, kind in found if kind in kinds) for kinds in (KINDS, OTHER_KINDS))
+    files = [(Path(place, name), _split(name)[1]) for place, _, names in _walk(str(folder)) for name in names]
+    read, left_out = (sorted(path for path, kind in files if kind in kinds) for kinds in (KINDS, OTHER_KINDS))
     return read, left_out
 
 
@@ -144,26 +144,26 @@ class ImageFiles(Sequence[Image.Image]):
 def regular(path: str | Path, name: str, what: str = "the image") -> os.stat_result:
     """What the system says of a file. Unusable where there is none, and of a pipe, which to open may wait forever."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         why = getattr(error, "strerror", None) or first_line(error)
         raise Unusable(name, f"{what} is missing ({why})") from error
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise Unusable(name, f"{what} is missing (not a file)")
-    return found
+    return status
 
 
 # --------------------------------------------------------------------------------------------------------------- pairs
 class Skipped:
     """Counts what a source has that cannot be used, and names it in a log: a JSON object of name and why a line.
 
-    Each of several processes, part = (its number, how many), keeps a log of its own: `path`, and of the others path-1,
+    Each of several processes, share = (its number, how many), keeps a log of its own: `path`, and of the others path-1,
     path-2 ... before the suffix. What all of them find, because it shows in the listing, the first one alone writes
     down. A new reading (`begin`) starts the logs again.
     """
 
-    def __init__(self, path: Path, part: tuple[int, int] = (0, 1)):
-        self.path, self.part = path, part
+    def __init__(self, path: Path, share: tuple[int, int] = (0, 1)):
+        self.path, self.share = path, share
         self.source = ""
         self.listed = 0  # of all that are listed, how many cannot be used as the listing shows already
         self.first: Unusable | None = None
@@ -174,11 +174,11 @@ class Skipped:
     @property
     def logs(self) -> str:
         """The path of the log, with a star in place of the processes' numbers."""
-        return str(self.path.with_name(f"{self.path.stem}{'*' * (self.part[1] > 1)}{self.path.suffix}"))
+        return str(self.path.with_name(f"{self.path.stem}{'*' * (self.share[1] > 1)}{self.path.suffix}"))
 
     def begin(self, source: str) -> None:
         self.source, self.listed, self.first = source, 0, None
-        rank, size = self.part
+        rank, size = self.share
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._log(rank).write_bytes(b"")
         if rank == 0:  # which a run with more processes has left
@@ -191,8 +191,8 @@ class Skipped:
         """Write one down; `listed`: every process finds it."""
         self.listed += listed
         self.first = self.first or error
-        if not listed or self.part[0] == 0:
-            with open(self._log(self.part[0]), "a", encoding="utf-8") as file:
+        if not listed or self.share[0] == 0:
+            with open(self._log(self.share[0]), "a", encoding="utf-8") as file:
                 file.write(json.dumps({"name": error.name, "why": error.why}) + "\n")
 
     def check(self, pairs: int, unusable: int = 0) -> None:
@@ -217,7 +217,7 @@ class Pair:
     The identity of a file is its path, size, time of change and time of status change (ctime). The system sets the last
     one at every write, replacement and change of the other times; no program chooses it, so that a file that was
     replaced under its old size and time (cp -p, rsync -t, tar) is another one. It costs no reading, unlike a digest of
-    the content, which would read a whole dataset at every start. (On Windows ctime is the time of creation.)
+    the content, which would read an entire data set at every start. (On Windows ctime is the time of creation.)
 
     `open()` decodes the image by `open_image`. A pair of a compressed shard holds the file's bytes, the others none.
     """
@@ -247,18 +247,18 @@ def read_pairs(source: str, skipped: Skipped, seed: int = 0) -> Iterator[Pair]:
     source: a folder, searched to the bottom through its links, each of its folders with a metadata.jsonl or
     metadata.csv (the hub's imagefolder convention: rows of file_name, relative to that folder, and text) or with a
     caption beside each image; or WebDataset's tar shards by path or glob, in the order of their names: members whose
-    names agree up to the first dot of the last part belong together. Captions: `TEXTS`, `KEYS`; of a list of captions
+    names agree up to the first dot of the last name belong together. Captions: `TEXTS`, `KEYS`; of a list of captions
     `seed` chooses one. What cannot be used goes to `skipped`. InputError where the source is not there, holds nothing,
     is damaged, or has more than 5 % of such.
     """
     skipped.begin(source)
     pairs = 0
-    for found in _listed(source, seed):
-        if isinstance(found, Unusable):
-            skipped.add(found, listed=True)
+    for item in _listed(source, seed):
+        if isinstance(item, Unusable):
+            skipped.add(item, listed=True)
         else:
             pairs += 1
-            yield found
+            yield item
     if pairs + skipped.listed == 0:
         raise InputError(f"{source}: holds no images with captions; {ACCEPTED}")
     skipped.check(pairs)
@@ -270,12 +270,12 @@ def check_source(source: str) -> None:
     Looks at the listing of the first 200 pairs: quick, writes nothing, decodes no image. Of a smaller source more than
     5 % unusable pairs are refused, of a larger one only more than half, for these may be the only ones.
     """
-    found = list(islice(_listed(source, 0), LOOKED_AT))
-    bad = [item for item in found if isinstance(item, Unusable)]
-    if not found:
+    items = list(islice(_listed(source, 0), LOOKED_AT))
+    bad = [item for item in items if isinstance(item, Unusable)]
+    if not items:
         raise InputError(f"{source}: holds no images with captions; {ACCEPTED}")
-    if len(bad) * (ONE_IN if len(found) < LOOKED_AT else 2) > len(found):
-        number = f"{len(bad)} of {'the first ' * (len(found) == LOOKED_AT)}{len(found)} images or captions"
+    if len(bad) * (ONE_IN if len(items) < LOOKED_AT else 2) > len(items):
+        number = f"{len(bad)} of {'the first ' * (len(items) == LOOKED_AT)}{len(items)} images or captions"
         raise InputError(f"{source}: {number} cannot be used (the first: {bad[0]}); {ACCEPTED}")
 
 
@@ -285,11 +285,11 @@ def source_digest(source: str, seed: int = 0) -> str:
     Of the listing alone, wherever it lies; the latents of an image that changed are computed again in any case.
     """
     digest = hashlib.sha256()
-    for found in _listed(source, seed):
-        if isinstance(found, Pair):
-            path = Path(found.name)
+    for item in _listed(source, seed):
+        if isinstance(item, Pair):
+            path = Path(item.name)
             size = path.stat().st_size if path.is_file() else -1
-            digest.update(json.dumps([path.name, size, found.caption]).encode())
+            digest.update(json.dumps([path.name, size, item.caption]).encode())
     return digest.hexdigest()
 
 
@@ -305,8 +305,8 @@ def _listed(source: str, seed: int) -> Iterator[Pair | Unusable]:
     return (pair for shard in shards for pair in _shard(shard, seed))
 
 
-def _version(found: os.stat_result) -> str:
-    return f"{found.st_size}|{found.st_mtime_ns}|{found.st_ctime_ns}"
+def _version(status: os.stat_result) -> str:
+    return f"{status.st_size}|{status.st_mtime_ns}|{status.st_ctime_ns}"
 
 
 def _file_pair(path: str, real: str, caption: str) -> Pair:
@@ -390,10 +390,10 @@ def _folder(source: str, seed: int) -> Iterator[Pair | Unusable]:
             name = name if within == "." else os.path.join(within, name)  # wherever the source is
             try:
                 caption = _caption(path, text, f"{seed} {name}")
-                found: Pair | Unusable = _file_pair(path, os.path.join(root, name), caption)
+                item: Pair | Unusable = _file_pair(path, os.path.join(root, name), caption)
             except Unusable as error:
-                found = error
-            yield found
+                item = error
+            yield item
 
 
 def _beside(place: str, files: list[str]) -> Iterator[tuple[str, object]]:
@@ -441,7 +441,7 @@ def _rows(path: str) -> Iterator[tuple[str, object]]:
 
 
 def _lines(path: str, file: TextIO) -> Iterator[str]:
-    """The lines of a text file, none of which is read whole where it is too long."""
+    """The lines of a text file, none of which is read to its end where it is too long."""
     read = partial(file.readline, TEXT_BYTES)
     for number, line in enumerate(iter(read, ""), 1):
         if len(line) == TEXT_BYTES:
@@ -467,8 +467,8 @@ def _table(path: str, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         columns = [str(name).strip().lower() for name in reader.fieldnames or ()]
         if "file_name" not in columns or not set(columns) & set(KEYS):
-            found = ", ".join(columns)[:200] or "none"
-            raise InputError(f"{path}: {NEEDED} are needed, separated by commas; found: {found}")
+            present = ", ".join(columns)[:200] or "none"
+            raise InputError(f"{path}: {NEEDED} are needed, separated by commas; found: {present}")
         reader.fieldnames, last = columns, reader.line_num
         for row in reader:
             if None in row or None in row.values():
@@ -493,10 +493,10 @@ class _Header(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: Any, encoding: str, errors: str) -> _Header:
-        found = super().frombuf(buf, encoding, errors)
-        if found.type in cls.LONG and found.size > TEXT_BYTES:
-            raise tarfile.ReadError(f"a header of {found.size:,} bytes")
-        return found
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in cls.LONG and header.size > TEXT_BYTES:
+            raise tarfile.ReadError(f"a header of {header.size:,} bytes")
+        return header
 
 
 @dataclass(frozen=True)
@@ -521,7 +521,7 @@ def _shard(shard: str, seed: int) -> Iterator[Pair | Unusable]:
         image = next((member for member in members.values() if member.kind in KINDS), None)
         name = f"{shard}/{(image or next(iter(members.values()))).path}"
         try:
-            if repeats:  # which of them belong together cannot be told
+            if repeats:  # which of them belong together is not known
                 raise Unusable(name, "its name repeats in the shard")
             if image is None:
                 others = [f"the image is missing (.{kind} is not read)" for kind in members if kind in OTHER_KINDS]
@@ -529,10 +529,10 @@ def _shard(shard: str, seed: int) -> Iterator[Pair | Unusable]:
             text = next((_parsed(name, kind, members[kind].read()) for kind in TEXTS if kind in members), None)
             caption = _caption(name, text, f"{seed} {os.path.basename(shard)}/{sample}")
             identity = f"{real}|{image.path}|{image.offset}"
-            found: Pair | Unusable = Pair(name, caption, identity, partial(_open_member, image.read, name))
+            item: Pair | Unusable = Pair(name, caption, identity, partial(_open_member, image.read, name))
         except Unusable as error:
-            found = error
-        yield found
+            item = error
+        yield item
 
 
 def _open_member(read: Callable[[], bytes], name: str) -> Image.Image:
@@ -545,8 +545,8 @@ def _members(shard: str) -> Iterator[_Member]:
     try:
         # compressed shards through gzip, which checks what tarfile would not, and forward only
         opened: Any = gzip.open if packed else open
-        how: Any = {"mode": "r|" if packed else "r:", "tarinfo": _Header}
-        with opened(shard, "rb") as file, tarfile.open(fileobj=file, **how) as tar:
+        options: Any = {"mode": "r|" if packed else "r:", "tarinfo": _Header}
+        with opened(shard, "rb") as file, tarfile.open(fileobj=file, **options) as tar:
             while (info := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # or a large shard's headers would all stay in memory
                 folder, slash, base = info.name.rpartition("/")
@@ -589,10 +589,10 @@ def shuffled(position: Tensor, length: int, seed: int) -> Tensor:
     if length < 1:
         raise ValueError(f"length={length}; accepted: 1 and more")
     epoch, place = np.divmod(position.numpy(), length)
-    found = np.empty_like(place)
+    entry = np.empty_like(place)
     for number in np.unique(epoch).tolist():
-        found[epoch == number] = _permutation(length, seed, number)[place[epoch == number]]
-    return torch.from_numpy(found)
+        entry[epoch == number] = _permutation(length, seed, number)[place[epoch == number]]
+    return torch.from_numpy(entry)
 
 
 @lru_cache(maxsize=2)  # a batch may begin in one epoch and end in the next

@@ -134,17 +134,17 @@ def reshard(network: nn.Module) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's shard of a tensor: the whole tensor unless FSDP2 shards it."""
+    """This process's shard of a tensor: the full tensor unless FSDP2 shards it."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that FSDP2 may shard, in every process."""
+    """The full tensor that FSDP2 may shard, in every process."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def gather_weights(network: nn.Module) -> None:
-    """Replace sharded parameters by whole ones, to save the network, which must not be called afterwards."""
+    """Replace sharded parameters by full ones, to save the network, which must not be called afterwards."""
     for module in network.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             module.register_parameter(name, nn.Parameter(full_tensor(p).detach(), requires_grad=p.requires_grad))

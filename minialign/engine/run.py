@@ -274,11 +274,11 @@ def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     return "; ".join(differences) or None
 
 
-def digest(*parts: bytes | str) -> str:
+def digest(*contents: bytes | str) -> str:
     """A value of `made_from` that stands for content."""
     hasher = hashlib.sha256()
-    for part in parts:
-        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+    for content in contents:
+        data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
         hasher.update(len(data).to_bytes(8, "little") + data)
     return DIGEST + hasher.hexdigest()[:24]
 

@@ -80,10 +80,10 @@ def reward_terms(text: str) -> str:
     """The value of --reward with its files and folders as absolute paths, for another command elsewhere."""
 
     def absolute(term: str) -> str:
-        found = re.fullmatch(r"(clip-score:)?(.*?)(:\w+)?(=[^/]*)?", term.strip())
-        if found is None or found[2] in ("", "learned", "clip-score") or not os.path.exists(found[2]):
+        match = re.fullmatch(r"(clip-score:)?(.*?)(:\w+)?(=[^/]*)?", term.strip())
+        if match is None or match[2] in ("", "learned", "clip-score") or not os.path.exists(match[2]):
             return term.strip()
-        return f"{found[1] or ''}{os.path.abspath(found[2])}{found[3] or ''}{found[4] or ''}"
+        return f"{match[1] or ''}{os.path.abspath(match[2])}{match[3] or ''}{match[4] or ''}"
 
     return ",".join(map(absolute, text.split(",")))
 

@@ -45,7 +45,7 @@ __all__ = [
     "write_results",
 ]
 BASE, TUNED = "base", "fine-tuned"
-WHOLE: dict[str, Any] = {"judge": "", "models": {}, "judged": {}}  # what an evaluation has at least
+EMPTY: dict[str, Any] = {"judge": "", "models": {}, "judged": {}}  # what an evaluation has at least
 LABELS = "labels of these models' images"  # as something that the evaluation is made from
 Model = tuple[str, str | None, Callable[[], Pipeline]]  # its name, where it is from, what loads it
 
@@ -84,7 +84,7 @@ def test_items(run: Run, settings: Mapping[str, Any], file: Path | None = None) 
 
 
 def images_per_prompt(settings: Mapping[str, Any]) -> int:
-    """How many images of each prompt the test has; InputError where sets would not be whole."""
+    """How many images of each prompt the test has; InputError where sets would be incomplete."""
     number = settings["test_images_per_prompt"] or settings["sets"] or 1
     if settings["sets"] and number % settings["sets"]:
         raise InputError(
@@ -106,11 +106,11 @@ def _stored_prompts(folder: Path) -> list[str]:
 
 def _held_out(own: Sequence[str], seed: int) -> list[str]:
     """The held-out prompts of the grammars that all of the prompts `own` are of; none where one is of no grammar."""
-    found = [known for text in own if (known := recognise(text)) is not None]
-    if len(found) < len(own):
+    recognised = [known for text in own if (known := recognise(text)) is not None]
+    if len(recognised) < len(own):
         return []
-    parts = [split(grammar, seed) for grammar in dict.fromkeys(known[1] for known in found)]
-    return [prompt.text for part in parts for prompt in (*part.new_combinations, *part.new_objects)]
+    splits = [split(grammar, seed) for grammar in dict.fromkeys(known[1] for known in recognised)]
+    return [prompt.text for prompts in splits for prompt in (*prompts.new_combinations, *prompts.new_objects)]
 
 
 def _sides(texts: Sequence[str], own: Sequence[str]) -> dict[str, list[str]]:
@@ -134,8 +134,8 @@ def _sides(texts: Sequence[str], own: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _category(text: str) -> str:
-    found = recognise(text)
-    return found[0].category if found else ""
+    known = recognise(text)
+    return known[0].category if known else ""
 
 
 def _categories(texts: Sequence[str]) -> list[str]:
@@ -158,14 +158,14 @@ def evaluate(
 
     reward: the folder of the reward model that judges; score: what judges in its place.
     """
-    good = reference_images(reference) if reference is not None else None  # a mistake is told before all sampling
-    judge = load_reward(reward, device) if reward is not None else None
+    good = reference_images(reference) if reference is not None else None  # a mistake is reported before all sampling
+    learned = load_reward(reward, device) if reward is not None else None
     own = reward is None or reward == run.folder / "reward"  # the run knows where its CLIP lies now
-    clip = judge.clip if judge is not None and not own else CLIP.from_pretrained(settings["clip"], device=device)
+    clip = learned.clip if learned is not None and not own else CLIP.from_pretrained(settings["clip"], device=device)
     learned_with = run.stages.get("reward", {}).get("made_from", {}).get("clip")
-    if own and judge is not None and learned_with not in (None, digest(clip_digest(clip))):
+    if own and learned is not None and learned_with not in (None, digest(clip_digest(clip))):
         raise InputError(f"CLIP {settings['clip']}: not the one that the reward model of {run.folder} learned with")
-    sides = [judge_model(run, *model, items, settings, clip, judge, score) for model in models]
+    sides = [judge_model(run, *model, items, settings, clip, learned, score) for model in models]
     judges = list(dict.fromkeys(name for side in sides for name in side.values))
     judged = {name: by_group(sides, name, items) for name in judges}
     of_all = [name for name in judges if all("overall" in judged[name].get(side.name, {}) for side in sides)]
@@ -221,10 +221,10 @@ def evaluate_run(
     with run.stage("evaluate", why, settings, inputs, redo=redo) as todo:
         if todo:
             own = None if given else run.folder / "reward"
-            found = evaluate(run, models, items, settings, device, reward=own, score=score)
-            store_results(run, {"evaluation": found})
+            evaluation = evaluate(run, models, items, settings, device, reward=own, score=score)
+            store_results(run, {"evaluation": evaluation})
             run.stages["evaluate"]["made_from"][LABELS] = _labels_of_images(run)
-            plot_best_of(run.folder / "best-of-n.png", found["best_of_n"])
+            plot_best_of(run.folder / "best-of-n.png", evaluation["best_of_n"])
 
 
 def _labels_of_images(run: Run) -> str:
@@ -252,10 +252,10 @@ def compare_models(
     """A further comparison, kept beside others in results.json; its name there."""
     if models:
         sources = {name: None if name == "embedded" else name for name in models}
-        how = {"device": device, "dtype": getattr(torch, settings["sampling_dtype"])}
+        options = {"device": device, "dtype": getattr(torch, settings["sampling_dtype"])}
         chosen: list[Model] = []
         for name, source in sources.items():
-            chosen.append((name, source, partial(Pipeline.from_pretrained, source, **how)))
+            chosen.append((name, source, partial(Pipeline.from_pretrained, source, **options)))
     else:
         chosen = run_models(run, device, settings["sampling_dtype"])
     if reward is None and (run.folder / "reward" / MODEL).is_file():
@@ -263,27 +263,27 @@ def compare_models(
     if settings["clip"] is None and not run.world and reward is None:
         settings = settings | {"clip": CLIP_OF_PAPER}
     items = test_items(run, settings, prompts)
-    found = evaluate(run, chosen, items, settings, device, reward=reward, reference=reference)
-    content = [sorted(one["images"] for one in found["models"].values()), str(reward), str(reference)]
+    evaluation = evaluate(run, chosen, items, settings, device, reward=reward, reference=reference)
+    content = [sorted(one["images"] for one in evaluation["models"].values()), str(reward), str(reference)]
     name = digest(json.dumps(content)).partition(":")[2][:8]
     before = read_results(run).get("comparisons", {})
-    store_results(run, {"comparisons": before | {name: found}})
-    plot_best_of(run.folder / "best-of-n.png", found["best_of_n"])
+    store_results(run, {"comparisons": before | {name: evaluation}})
+    plot_best_of(run.folder / "best-of-n.png", evaluation["best_of_n"])
     return name
 
 
 # ------------------------------------------------------------------------------------------------ the one results file
 def read_results(run: Run) -> dict[str, Any]:
     path = run.folder / "results.json"
-    found = read_json(path) if path.exists() else {}
-    for one in (found.get("evaluation", WHOLE), *dict(found.get("comparisons", {})).values()):
-        if not isinstance(one, dict) or not WHOLE.keys() <= one.keys():
+    results = read_json(path) if path.exists() else {}
+    for one in (results.get("evaluation", EMPTY), *dict(results.get("comparisons", {})).values()):
+        if not isinstance(one, dict) or not EMPTY.keys() <= one.keys():
             raise InputError(f"{path}: damaged; remove it, then --redo makes it again")
-    return found
+    return results
 
 
-def store_results(run: Run, found: Mapping[str, Any]) -> None:
-    write_json(run.folder / "results.json", read_results(run) | dict(found))
+def store_results(run: Run, entries: Mapping[str, Any]) -> None:
+    write_json(run.folder / "results.json", read_results(run) | dict(entries))
 
 
 def write_results(run: Run) -> dict[str, Any]:

@@ -62,9 +62,9 @@ def main() -> None:
         write_results(run)
         results = read_json(run.folder / "results.json")
         report = write_report(run.folder)
-    found = results["comparisons"][name] if name else results["evaluation"]
-    print(f"\n{comparison(found)}\n\n{args.run / 'results.json'}, {report}")
-    places = ", ".join(str(args.run / one["images"]) for one in found["models"].values())
+    evaluation = results["comparisons"][name] if name else results["evaluation"]
+    print(f"\n{comparison(evaluation)}\n\n{args.run / 'results.json'}, {report}")
+    places = ", ".join(str(args.run / one["images"]) for one in evaluation["models"].values())
     print(f"people can label these images: python -m minialign.label FOLDER, of {places}")
 
 

@@ -137,14 +137,14 @@ def distances(
     Good ones are the image files `images`; else, in the embedded world, a fresh drawing of what each readable
     image shows, as many of every model; else the images of the run that are labelled good. "reference" says which.
     """
-    found: dict[str, Any] = {"reference": None, "frechet": {}, "cmmd": {}, "diversity": {}, "readable": {}}
+    result: dict[str, Any] = {"reference": None, "frechet": {}, "cmmd": {}, "diversity": {}, "readable": {}}
     drawn = images is None and all(SIMULATED in side.values for side in sides)
     number = min(sum(verdict != "skip" for verdict in side.verdicts) for side in sides)
     target = None
     if drawn and number > 1:
-        found["reference"] = f"fresh drawings of what the images show, {number} of each model"
+        result["reference"] = f"fresh drawings of what the images show, {number} of each model"
     elif not drawn:
-        target, found["reference"] = reference_features(run, images, clip)
+        target, result["reference"] = reference_features(run, images, clip)
     for side in sides:
         mine = side.features
         if drawn and number > 1:
@@ -152,11 +152,11 @@ def distances(
             chosen = sorted(random.Random(seed).sample(readable, number))
             again = shown([open_image(side.paths[i]) for i in chosen], seed)
             mine, target = mine[chosen], embed_images(clip, [image for image in again if image is not None]).cpu()
-        found["frechet"][side.name] = None if target is None else frechet_distance(mine, target)
-        found["cmmd"][side.name] = None if target is None else cmmd(mine, target)
-        found["diversity"][side.name] = diversity(side.features, [item.prompt for item in items])
-        found["readable"][side.name] = side.readable
-    return found
+        result["frechet"][side.name] = None if target is None else frechet_distance(mine, target)
+        result["cmmd"][side.name] = None if target is None else cmmd(mine, target)
+        result["diversity"][side.name] = diversity(side.features, [item.prompt for item in items])
+        result["readable"][side.name] = side.readable
+    return result
 
 
 def reference_features(run: Run, images: Sequence[Path] | None, clip: CLIP) -> tuple[Tensor | None, str | None]:

@@ -47,9 +47,9 @@ def rated(ours: Tensor, theirs: Tensor, seed: int) -> dict[str, Tensor]:
     return {SIMULATED: outcomes(ours, theirs), NOISY: outcomes(ours, theirs, RATERS, WRONG, seed)}
 
 
-def told(found: Tensor) -> dict[str, Any]:
+def outcome_fractions(results: Tensor) -> dict[str, Any]:
     """Outcomes (P,) in numbers: the fractions of the prompts, and their number."""
-    return {name: float((found == value).double().mean()) for name, value in OUTCOMES.items()} | {"n": len(found)}
+    return {name: float((results == value).double().mean()) for name, value in OUTCOMES.items()} | {"n": len(results)}
 
 
 def clean(paths: Sequence[Path], features: Tensor, clip: CLIP, seed: int) -> list[float]:
@@ -68,10 +68,10 @@ def clean(paths: Sequence[Path], features: Tensor, clip: CLIP, seed: int) -> lis
     others = unit.sum(0) - unit  # (K,R,E): of each drawing the others
     least = torch.cosine_similarity(unit, others, dim=-1).flatten().quantile(1 - NEAREST)
     near = torch.cosine_similarity(features[readable].to(unit.device), others[0], dim=-1) >= least
-    found = [0.0] * len(pictures)
+    values = [0.0] * len(pictures)
     for i, one in zip(readable, near.tolist()):
-        found[i] = float(one)
-    return found
+        values[i] = float(one)
+    return values
 
 
 def rows_of_sets(items: Sequence[TestItem], size: int) -> list[list[int]]:
@@ -85,27 +85,27 @@ def rows_of_sets(items: Sequence[TestItem], size: int) -> list[list[int]]:
 def compared_sets(
     sides: Sequence[Judged], items: Sequence[TestItem], size: int, clip: CLIP, seed: int
 ) -> dict[str, Any]:
-    """Each model's sets against the first's: alignment or fidelity -> rater -> model -> group -> `told`."""
+    """Each model's sets against the first's: alignment or fidelity -> rater -> model -> group -> fractions."""
     sets = rows_of_sets(items, size)
     values: dict[tuple[str, str], Sequence[Sequence[float | None] | None]]
     values = {("alignment", name): [side.values.get(name) for side in sides] for name in (SIMULATED, PEOPLE)}
     if all(SIMULATED in side.values for side in sides):
         values["fidelity", SIMULATED] = [clean(side.paths, side.features, clip, seed) for side in sides]
     groups = ["overall", *dict.fromkeys(name for item in items for name in item.groups)]
-    found: dict[str, Any] = {}
+    compared: dict[str, Any] = {}
     for (kind, rater), (base, *others) in values.items():
         for side, mine in zip(sides[1:], others):
             if base is None or mine is None:
                 continue
-            whole = [rows for rows in sets if all(None not in (base[i], mine[i]) for i in rows)]
-            if not whole:
+            complete = [rows for rows in sets if all(None not in (base[i], mine[i]) for i in rows)]
+            if not complete:
                 continue
-            ours, theirs = (torch.tensor([[one[i] for i in rows] for rows in whole]) for one in (mine, base))
+            ours, theirs = (torch.tensor([[one[i] for i in rows] for rows in complete]) for one in (mine, base))
             said = rated(ours, theirs, seed) if rater == SIMULATED else {rater: outcomes(ours, theirs)}
             for name, result in said.items():
-                table = found.setdefault(kind, {}).setdefault(name, {}).setdefault(side.name, {})
+                table = compared.setdefault(kind, {}).setdefault(name, {}).setdefault(side.name, {})
                 for group in groups:
-                    of = [k for k, rows in enumerate(whole) if group in ("overall", *items[rows[0]].groups)]
+                    of = [k for k, rows in enumerate(complete) if group in ("overall", *items[rows[0]].groups)]
                     if of:
-                        table[group] = told(result[of])
-    return {"size": size, "compared": found}
+                        table[group] = outcome_fractions(result[of])
+    return {"size": size, "compared": compared}

@@ -66,16 +66,16 @@ def picture(sides: Sequence[Judged], items: Sequence[TestItem]) -> dict[str, dic
     table: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in PICTURE}
     first: dict[str, list[float]] = {}
     for side in sides:
-        found: dict[str, list[float]] = {name: [] for name in PICTURE}
+        numbers: dict[str, list[float]] = {name: [] for name in PICTURE}
         for path in side.paths:
             pixels = torch.from_numpy(np.array(open_image(path))).permute(2, 0, 1)[None] / 255
             for name, number in PICTURE.items():
-                found[name].append(float(number(pixels)))
-        for name, values in found.items():
+                numbers[name].append(float(number(pixels)))
+        for name, values in numbers.items():
             table[name][side.name] = _mean(values, texts, name)
             if side is not sides[0]:
                 table[name][side.name] |= _gain(list(zip(texts, first[name], values)), name)
-        first = first or found
+        first = first or numbers
     return table
 
 
@@ -97,9 +97,9 @@ def best_of_curves(sides: Sequence[Judged], items: Sequence[TestItem]) -> dict[s
             complete = [same for same in rows.values() if all(values[i] is not None for i in same)]
             if not complete:
                 continue
-            found = [best_of([scores[i] or 0.0 for i in same], [values[i] or 0.0 for i in same]) for same in complete]
-            means = [list(column) for column in zip(*found)]
-            prompts = [str(i) for i in range(len(found))]
+            chosen = [best_of([scores[i] or 0.0 for i in same], [values[i] or 0.0 for i in same]) for same in complete]
+            means = [list(column) for column in zip(*chosen)]
+            prompts = [str(i) for i in range(len(chosen))]
             curves.setdefault(chooser, {}).setdefault(judge, {})[side.name] = {
                 "value": [sum(column) / len(column) for column in means],
                 "ci95": [

@@ -14,7 +14,7 @@ from .label_files import (
     read_labels,
     read_prompts,
 )
-from .rows import USUAL, Reading, add_reading_flags, reading
+from .rows import USUAL, Reading, add_reading_flags, given_reading
 from .store import (
     LONGEST_NAME,
     PREFERENCES,
@@ -46,6 +46,7 @@ __all__ = [
     "count_votes",
     "export_comparisons",
     "export_labels",
+    "given_reading",
     "import_into_run",
     "import_labels",
     "merge_into_run",
@@ -54,5 +55,4 @@ __all__ = [
     "read_judgements",
     "read_labels",
     "read_prompts",
-    "reading",
 ]

@@ -54,26 +54,26 @@ class FileComparison(NamedTuple):
 
 
 # -------------------------------------------------------------------------------------------------------- label files
-def read_feedback(path: Path, how: Reading = USUAL) -> list[tuple[str, Path, str]]:
+def read_feedback(path: Path, reading: Reading = USUAL) -> list[tuple[str, Path, str]]:
     """(prompt, image file, verdict) rows of a label file: a table or JSON with columns prompt, image, label.
 
     Image paths are relative to the file's folder. Labels are good, bad or skip (or 1/0, true/false, yes/no), in any
-    case; `how` takes others. The majority counts where the file judges a pair of prompt and image several times.
+    case; `reading` names others. The majority counts where the file judges a pair of prompt and image several times.
     InputError names the file, the line and what is accepted; every image is opened, and at least one must be good.
     """
-    rows = [(row.prompt, row.image, row.verdict or "skip") for row in read_labels(path, how)]
+    rows = [(row.prompt, row.image, row.verdict or "skip") for row in read_labels(path, reading)]
     if not any(vote > 0 for vote in count_votes(rows).values()):
         raise InputError(f"{path}: none of its {len(rows)} images is labelled good; at least one is needed")
     return rows
 
 
-def read_labels(path: Path, how: Reading = USUAL) -> list[FileLabel]:
+def read_labels(path: Path, reading: Reading = USUAL) -> list[FileLabel]:
     """The labels of a file, with the columns that are not needed too; errors as of `read_feedback`."""
-    return read_judgements(path, how)[0]
+    return read_judgements(path, reading)[0]
 
 
 def read_judgements(
-    path: Path, how: Reading = USUAL, unlabelled: bool = False
+    path: Path, reading: Reading = USUAL, unlabelled: bool = False
 ) -> tuple[list[FileLabel], list[FileComparison]]:
     """The labels and the comparisons of a file of any of the shapes of rows.py; errors as of `read_feedback`.
 
@@ -84,39 +84,41 @@ def read_judgements(
     latest: dict[Any, FileLabel | FileComparison] = {}
     opened: dict[Path, str | None] = {}
     for where, row in read_rows(path, ()):
-        for judged in _read_judgements(path, where, named(row, where, how), how, unlabelled, opened):
-            one = isinstance(judged, FileLabel)
-            of = judged.image if isinstance(judged, FileLabel) else frozenset((judged.image, judged.other))
-            key = (one, judged.prompt, of, judged.labeller) if judged.labeller else len(latest)
-            if key in latest and (latest[key].time or "9") > (judged.time or "9"):
+        for judgement in _read_judgements(path, where, named(row, where, reading), reading, unlabelled, opened):
+            one = isinstance(judgement, FileLabel)
+            of = judgement.image if isinstance(judgement, FileLabel) else frozenset((judgement.image, judgement.other))
+            key = (one, judgement.prompt, of, judgement.labeller) if judgement.labeller else len(latest)
+            if key in latest and (latest[key].time or "9") > (judgement.time or "9"):
                 continue
-            latest[key] = judged
+            latest[key] = judgement
     if not latest:
         raise InputError(f"{path}: has no labels; {columns_needed(COLUMNS[:3], ())}")
-    labels = [judged for judged in latest.values() if isinstance(judged, FileLabel)]
-    return labels, [judged for judged in latest.values() if isinstance(judged, FileComparison)]
+    labels = [judgement for judgement in latest.values() if isinstance(judgement, FileLabel)]
+    return labels, [judgement for judgement in latest.values() if isinstance(judgement, FileComparison)]
 
 
 def _read_judgements(
-    path: Path, where: str, row: dict[str, Any], how: Reading, unlabelled: bool, opened: dict[Path, str | None]
+    path: Path, where: str, row: dict[str, Any], reading: Reading, unlabelled: bool, opened: dict[Path, str | None]
 ) -> Iterator[FileLabel | FileComparison]:
     """One row; `opened` keeps the SHA-256 of the images that were checked."""
-    for judged in list(judgements(row, where, how, unlabelled)):
+    for judgement in list(judgements(row, where, reading, unlabelled)):
         prompt = as_text(row, "prompt", where)
         if any(ROW_END.search(line) for line in prompt.splitlines()[:-1]):
             raise InputError(
                 f"{where}: a quote that opens here swallows the rows that follow; accepted: quotes in pairs"
             )
         labeller, time, seed = _besides(row, where)
-        if isinstance(judged, Preference):
-            image, other = (_image(path.parent / file, None, where, opened) for file in (judged.image, judged.other))
+        if isinstance(judgement, Preference):
+            image, other = (
+                _image(path.parent / file, None, where, opened) for file in (judgement.image, judgement.other)
+            )
             if image == other:
                 raise InputError(f"{where}: image {image} is compared with itself; accepted: two images")
-            yield FileComparison(prompt, image, other, judged.verdict, labeller, time)
+            yield FileComparison(prompt, image, other, judgement.verdict, labeller, time)
         else:
-            image = _image(path.parent / judged.image, row.get("sha256"), where, opened)
-            soft = judged.soft if judged.soft is not None else _soft(row, where)
-            yield FileLabel(prompt, image, judged.verdict, labeller, time, seed, soft)
+            image = _image(path.parent / judgement.image, row.get("sha256"), where, opened)
+            soft = judgement.soft if judgement.soft is not None else _soft(row, where)
+            yield FileLabel(prompt, image, judgement.verdict, labeller, time, seed, soft)
 
 
 def _besides(row: dict[str, Any], where: str) -> tuple[str | None, str | None, int | None]:
@@ -155,18 +157,18 @@ def _image(image: Path, sha256: Any, where: str, opened: dict[Path, str | None])
     return image.resolve()
 
 
-def import_labels(store: FeedbackStore, path: Path, how: Reading = USUAL) -> tuple[int, int]:
+def import_labels(store: FeedbackStore, path: Path, reading: Reading = USUAL) -> tuple[int, int]:
     """Take the labels and comparisons of a file into the store; how many of each are new or newer than the store's.
 
     Images that are not in the store are added. A label without a labeller is by the file's name, with a number where
     the file judges a pair of prompt and image again; without a time it is now.
     """
-    return store.merge(*new_judgements(store.folder, path, how))
+    return store.merge(*new_judgements(store.folder, path, reading))
 
 
-def import_into_run(folder: Path, path: Path, how: Reading = USUAL) -> tuple[int, int]:
+def import_into_run(folder: Path, path: Path, reading: Reading = USUAL) -> tuple[int, int]:
     """`import_labels` into the store of a run, which is made where there is none; nothing is left where this fails."""
-    return merge_into_run(folder, *new_judgements(folder, path, how))
+    return merge_into_run(folder, *new_judgements(folder, path, reading))
 
 
 def merge_into_run(
@@ -194,7 +196,7 @@ def merge_into_run(
 
 
 def new_judgements(
-    folder: Path, path: Path, how: Reading = USUAL, unlabelled: bool = False
+    folder: Path, path: Path, reading: Reading = USUAL, unlabelled: bool = False
 ) -> tuple[list[NewLabel], list[NewComparison]]:
     """The labels and comparisons of a file (`read_judgements`) as the store of the run `folder` takes them."""
     root = folder.resolve()
@@ -208,7 +210,7 @@ def new_judgements(
         times[of] += labeller is None
         return labeller or (unnamed if times[of] == 1 else f"{unnamed}, {times[of]}")
 
-    labels, compared = read_judgements(path, how, unlabelled)
+    labels, compared = read_judgements(path, reading, unlabelled)
     rows = [
         NewLabel(one.prompt, place(one.image), one.seed, name(one.labeller, one.prompt, one.image),
                  one.verdict, one.time, one.soft)
@@ -255,7 +257,7 @@ def count_votes(rows: Iterable[tuple[str, Path, str]]) -> Counter[tuple[str, Pat
 
 
 def check_image(path: Path, where: str) -> None:
-    """InputError unless the file is an image that decodes whole and is not a mere line."""
+    """InputError unless the file is an image that decodes entirely and is not a mere line."""
     try:
         if not path.is_file():  # a pipe would never end
             what = "is no file" if path.exists() else "does not exist"
@@ -288,14 +290,14 @@ def read_prompts(path: Path) -> list[str]:
     InputError names the file, the line and what is accepted.
     """
     if path.suffix.lower() in TABLES + LINES:
-        found = []
+        texts = []
         for where, row in read_rows(path, ("prompt",)):
             if not str(row.get("prompt") or "").strip():
                 raise InputError(f"{where}: no 'prompt'; {columns_needed(('prompt',), row)}")
-            found.append(as_text(row, "prompt", where))
+            texts.append(as_text(row, "prompt", where))
     else:
-        found = lines_of(read_text(path))
-    prompts = list(dict.fromkeys(prompt.strip() for prompt in found if prompt.strip()))
+        texts = lines_of(read_text(path))
+    prompts = list(dict.fromkeys(prompt.strip() for prompt in texts if prompt.strip()))
     if not prompts:
         raise InputError(f"{path}: no prompts; accepted: one per line, or .csv, .tsv or .jsonl with a column prompt")
     return prompts
@@ -303,8 +305,8 @@ def read_prompts(path: Path) -> list[str]:
 
 def _time(text: str) -> str | None:
     """A time as the store keeps it, to the millisecond, so that times sort as text; None unless it is one."""
-    found = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z", text)
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z", text)
     try:
-        return found and f"{datetime.fromisoformat(found[1]).isoformat()}.{(found[2] or '') + '000':.3}Z"
+        return match and f"{datetime.fromisoformat(match[1]).isoformat()}.{(match[2] or '') + '000':.3}Z"
     except ValueError:
         return None

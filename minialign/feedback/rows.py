@@ -70,7 +70,7 @@ class Shape(NamedTuple):
 
 # ----------------------------------------------------------------------------------------------------------- the flags
 def add_reading_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say how a label file is read; `reading` takes their values."""
+    """Add the flags that say how a label file is read; `given_reading` takes their values."""
     add = parser.add_argument_group("label files").add_argument
     about = f"columns of other names, as prompt=caption,image=file_name,label=rating; accepted: {', '.join(ROLES)}"
     add("--columns", type=_columns, metavar="WHAT=NAME,...", default=(), help=about)
@@ -80,17 +80,17 @@ def add_reading_flags(parser: argparse.ArgumentParser) -> None:
     add("--scale", type=_scale, metavar="LOW,HIGH", help=f"{about} (unless --good-from says otherwise)")
 
 
-def reading(arguments: argparse.Namespace) -> Reading:
+def given_reading(arguments: argparse.Namespace) -> Reading:
     """The values of `add_reading_flags`."""
     return Reading(arguments.columns, arguments.skip, arguments.good_from, arguments.scale)
 
 
 def _columns(text: str) -> tuple[tuple[str, str], ...]:
-    pairs = [tuple(part.strip().lower() for part in pair.split("=", 1)) for pair in text.split(",")]
+    pairs = [tuple(word.strip().lower() for word in pair.split("=", 1)) for pair in text.split(",")]
     for pair in pairs:
         if len(pair) != 2 or pair[0] not in ROLES or not pair[1]:
-            told = f"accepted: WHAT=NAME with commas between, WHAT one of {', '.join(ROLES)}"
-            raise argparse.ArgumentTypeError(f"{'='.join(pair)!r}; {told}")
+            accepted = f"accepted: WHAT=NAME with commas between, WHAT one of {', '.join(ROLES)}"
+            raise argparse.ArgumentTypeError(f"{'='.join(pair)!r}; {accepted}")
     if len({what for what, *_ in pairs}) < len(pairs):
         raise argparse.ArgumentTypeError(f"{text!r} names a column twice; accepted: each once")
     return tuple((what, name) for what, name in pairs)
@@ -108,14 +108,16 @@ def _number(text: str) -> float:
 
 
 def _scale(text: str) -> tuple[float, float]:
-    ends = [as_number(part) for part in text.split(",")]
+    ends = [as_number(word) for word in text.split(",")]
     if len(ends) != 2 or ends[0] is None or ends[1] is None or ends[0] >= ends[1]:
         raise argparse.ArgumentTypeError(f"{text!r}; accepted: two numbers, the lower one first, such as 1,5")
     return ends[0], ends[1]
 
 
 # ---------------------------------------------------------------------------------------------------------- one row
-def judgements(row: Mapping[str, Any], where: str, how: Reading, unlabelled: bool) -> Iterator[Verdict | Preference]:
+def judgements(
+    row: Mapping[str, Any], where: str, reading: Reading, unlabelled: bool
+) -> Iterator[Verdict | Preference]:
     """What a row, with its columns as `named` has them, says of images. InputError says what is wrong `where`.
 
     A row whose label is empty, null or nan, as pandas writes a gap, is an image that nobody has judged yet; with
@@ -124,7 +126,7 @@ def judgements(row: Mapping[str, Any], where: str, how: Reading, unlabelled: boo
     shape = next((shape for shape in SHAPES if all(what in row for what in shape.columns)), SHAPES[-1])
     if shape.read is _pair and WORDS.get(plain(row.get("has_label", True))) == "bad":
         return  # a pair without a label, whose cells may be empty, says nothing
-    gap = "label" in row and (label := plain(row["label"])) in ("", "none", "nan") and label not in how.skip
+    gap = "label" in row and (label := plain(row["label"])) in ("", "none", "nan") and label not in reading.skip
     unjudged = shape is SHAPES[-1] and (gap or (unlabelled and "label" not in row))
     needed = shape.columns[:1] if unjudged else shape.columns
     for what in ("prompt", *needed):
@@ -134,21 +136,21 @@ def judgements(row: Mapping[str, Any], where: str, how: Reading, unlabelled: boo
     if unjudged:
         yield Verdict(as_text(row, "image", where), None)
     else:
-        yield from shape.read(row, where, how)
+        yield from shape.read(row, where, reading)
 
 
-def named(row: Mapping[str, Any], where: str, how: Reading) -> dict[str, Any]:
-    """A row by what its columns are: `how` decides, else their names in `NAMES`; other columns keep their names."""
-    found = dict(row)
+def named(row: Mapping[str, Any], where: str, reading: Reading) -> dict[str, Any]:
+    """A row by what its columns are: `reading` decides, else their names in `NAMES`; other columns keep theirs."""
+    renamed = dict(row)
     for what, names in NAMES.items():
         name = next((name for name in names if name in row), None)
         if name is not None:
-            found[what] = row[name]
-    for what, name in how.columns:
+            renamed[what] = row[name]
+    for what, name in reading.columns:
         if name not in row:
             raise InputError(f"{where}: --columns {what}={name}: no such column; found: {', '.join(row)[:200]}")
-        found[what] = row[name]
-    return found
+        renamed[what] = row[name]
+    return renamed
 
 
 def as_text(row: Mapping[str, Any], what: str, where: str) -> str:
@@ -205,33 +207,33 @@ def _numbers(row: Mapping[str, Any], what: str, where: str) -> list[float]:
 
 
 # ------------------------------------------------------------------------------------------------ what each shape says
-def _verdicts(row: Mapping[str, Any], where: str, how: Reading) -> Iterator[Verdict]:
+def _verdicts(row: Mapping[str, Any], where: str, reading: Reading) -> Iterator[Verdict]:
     """A label, or a list with one label a person."""
     image, label = as_text(row, "image", where), row["label"]
     several = isinstance(label, list) or (isinstance(label, str) and label.lstrip().startswith("["))
     if several and row.get("labeller") not in (None, ""):
         raise InputError(f"{where}: a list of labels, one a person, and a labeller; accepted: one of them")
     for value in _list(row, "label", where) if several else [label]:
-        yield Verdict(image, *_verdict(value, where, how))
+        yield Verdict(image, *_verdict(value, where, reading))
 
 
-def _verdict(value: Any, where: str, how: Reading) -> tuple[str, float | None]:
+def _verdict(value: Any, where: str, reading: Reading) -> tuple[str, float | None]:
     """good, bad or skip, and the soft label of a score on a scale."""
     word = plain(value)
-    if word in how.skip or word == "skip":
+    if word in reading.skip or word == "skip":
         return "skip", None
-    if how.good_from is None and how.scale is None:
+    if reading.good_from is None and reading.scale is None:
         if word not in WORDS or isinstance(value, (list, dict)):
             raise InputError(f"{where}: label {value!r}; accepted: {', '.join(WORDS)}{_hint(word)}")
         return WORDS[word], None
     score = as_number(value)
-    low, high = how.scale or (-math.inf, math.inf)
+    low, high = reading.scale or (-math.inf, math.inf)
     if score is None or not low <= score <= high:
-        accepted = "a number" if how.scale is None else f"a number from {low:g} to {high:g} (--scale)"
+        accepted = "a number" if reading.scale is None else f"a number from {low:g} to {high:g} (--scale)"
         raise InputError(f"{where}: label {value!r}; accepted: {accepted}")
-    soft = None if how.scale is None else (score - low) / (high - low)
-    if how.good_from is not None:
-        return "good" if score >= how.good_from else "bad", soft
+    soft = None if reading.scale is None else (score - low) / (high - low)
+    if reading.good_from is not None:
+        return "good" if score >= reading.good_from else "bad", soft
     return "skip" if soft == 0.5 else "good" if soft is not None and soft > 0.5 else "bad", soft
 
 
@@ -240,17 +242,17 @@ def _hint(word: str) -> str:
     return "" if number is None else f"; --skip {word}" if number < 0 else "; of scores: --good-from or --scale"
 
 
-def _pair(row: Mapping[str, Any], where: str, how: Reading) -> Iterator[Preference]:
+def _pair(row: Mapping[str, Any], where: str, reading: Reading) -> Iterator[Preference]:
     """Pick-a-Pic: 1 for the better image and 0 for the other, or 0.5 for both."""
     labels: Any = as_number(row["label_0"]), as_number(row["label_1"])
     verdict = {(1, 0): "this", (0, 1): "other", (0.5, 0.5): "tie"}.get(labels)
     if verdict is None:
-        told = f"label_0 {row['label_0']!r}, label_1 {row['label_1']!r}"
-        raise InputError(f"{where}: {told}; accepted: 1 and 0, 0 and 1, 0.5 and 0.5")
+        both = f"label_0 {row['label_0']!r}, label_1 {row['label_1']!r}"
+        raise InputError(f"{where}: {both}; accepted: 1 and 0, 0 and 1, 0.5 and 0.5")
     yield Preference(as_text(row, "image_0", where), as_text(row, "image_1", where), verdict)
 
 
-def _ranking(row: Mapping[str, Any], where: str, how: Reading) -> Iterator[Preference]:
+def _ranking(row: Mapping[str, Any], where: str, reading: Reading) -> Iterator[Preference]:
     """ImageReward: rank 1 is the best; ranks may have gaps, and equal ranks are ties. Every pair is a comparison."""
     ranks = _numbers(row, "ranking", where)
     files = _files(row, "generations", where, ranks, "ranking")
@@ -260,28 +262,28 @@ def _ranking(row: Mapping[str, Any], where: str, how: Reading) -> Iterator[Prefe
             yield Preference(files[i], files[j], verdict)
 
 
-def _choice(row: Mapping[str, Any], where: str, how: Reading) -> Iterator[Preference]:
+def _choice(row: Mapping[str, Any], where: str, reading: Reading) -> Iterator[Preference]:
     """HPD v2: 1 for an image that was preferred, 0 for the others. Of two others nothing is said."""
     chosen = _numbers(row, "human_preference", where)
     files = _files(row, "file_path", where, chosen, "human_preference")
     if set(chosen) != {0, 1}:
-        told = "accepted: 1 for a preferred image, 0 for the others, both kinds"
-        raise InputError(f"{where}: human_preference {row['human_preference']!r:.80}; {told}")
+        accepted = "accepted: 1 for a preferred image, 0 for the others, both kinds"
+        raise InputError(f"{where}: human_preference {row['human_preference']!r:.80}; {accepted}")
     for j in range(1, len(files)):
         for i in range(j):
             if chosen[i] != chosen[j]:
                 yield Preference(files[i], files[j], "this" if chosen[i] else "other")
 
 
-def _chosen(row: Mapping[str, Any], where: str, how: Reading) -> Iterator[Preference]:
+def _chosen(row: Mapping[str, Any], where: str, reading: Reading) -> Iterator[Preference]:
     yield Preference(as_text(row, "chosen", where), as_text(row, "rejected", where), "this")
 
 
-def _compared(row: Mapping[str, Any], where: str, how: Reading) -> Iterator[Preference]:
+def _compared(row: Mapping[str, Any], where: str, reading: Reading) -> Iterator[Preference]:
     """A comparison as `label --compare OTHER --export FILE` writes it."""
     if plain(row.get("images", 1)) not in ("", "1"):
-        told = "accepted: 1, for a verdict on sets says nothing of two single images"
-        raise InputError(f"{where}: images {row['images']!r}; {told}")
+        accepted = "accepted: 1, for a verdict on sets says nothing of two single images"
+        raise InputError(f"{where}: images {row['images']!r}; {accepted}")
     verdict = plain(row["verdict"])
     if verdict not in PREFERENCES:
         raise InputError(f"{where}: verdict {row['verdict']!r}; accepted: {', '.join(PREFERENCES)}")

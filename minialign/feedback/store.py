@@ -67,14 +67,14 @@ class StoreError(InputError):
     def __init__(self, path: Path, error: Exception):
         text = first_line(error)
         if "locked" in text or "busy" in text:
-            self.reason, told = "busy", "another program holds it; close it there and try again"
+            self.reason, message = "busy", "another program holds it; close it there and try again"
         elif "full" in text or "disk I/O" in text:
-            self.reason, told = "full", "the disk is full or cannot be written; make room and try again"
+            self.reason, message = "full", "the disk is full or cannot be written; make room and try again"
         elif "readonly" in text or "unable to open" in text:
-            self.reason, told = "read-only", "it or its folder cannot be opened for writing"
+            self.reason, message = "read-only", "it or its folder cannot be opened for writing"
         else:
-            self.reason, told = "damaged", "cannot be used as a feedback store"
-        super().__init__(f"{path}: {told} ({text})")
+            self.reason, message = "damaged", "cannot be used as a feedback store"
+        super().__init__(f"{path}: {message} ({text})")
 
 
 class StoredImage(NamedTuple):
@@ -171,11 +171,11 @@ class FeedbackStore:
                     for statement in SCHEMA:
                         db.execute(statement)
                     db.execute(f"PRAGMA user_version={VERSION}")
-        version, found = self._version(), self._schema()
+        version, schema = self._version(), self._schema()
         if version != VERSION:
             raise InputError(f"{self.path}: schema version {version}; accepted: {VERSION}")
-        strange = [name for name, sql in found.items() if sql not in SCHEMA]
-        if strange or len(found) != len(SCHEMA):
+        strange = [name for name, sql in schema.items() if sql not in SCHEMA]
+        if strange or len(schema) != len(SCHEMA):
             reason = f"holds {strange[0]!r}, which this version's stores do not have" if strange else "lacks a table"
             raise InputError(f"{self.path}: {reason}; refused")
 
@@ -296,13 +296,13 @@ class FeedbackStore:
 
         Of two sets of images each is known by its first one; `other` then ends in // and their size.
         """
-        told = _one_of(PREFERENCES, verdict), _one_of(("left", "right"), side)
+        choices = _one_of(PREFERENCES, verdict), _one_of(("left", "right"), side)
         with self.transaction() as db:
             where = "comparisons WHERE other = ? AND labeller = ?)"
             (time,) = db.execute(f"{NEXT} {where}", (str(other), labeller)).fetchone()
             db.execute(
                 "INSERT OR REPLACE INTO comparisons VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (image, str(other), str(path), labeller, *told, time),
+                (image, str(other), str(path), labeller, *choices, time),
             )
 
     def remove_labels(self, imported: bool = False) -> None:
@@ -364,8 +364,8 @@ class FeedbackStore:
         """
         people = "SELECT 1 FROM labels AS other WHERE other.image = labels.image AND other.labeller != :program"
         value = "COALESCE(soft, verdict = 'good')" if soft else "verdict = 'good'"
-        told = "(verdict IN ('good', 'bad') OR soft IS NOT NULL)" if soft else "verdict IN ('good', 'bad')"
-        mean = f"""SELECT image, AVG({value}) AS mean FROM labels WHERE {told}
+        labelled = "(verdict IN ('good', 'bad') OR soft IS NOT NULL)" if soft else "verdict IN ('good', 'bad')"
+        mean = f"""SELECT image, AVG({value}) AS mean FROM labels WHERE {labelled}
                    AND (labeller != :program OR NOT EXISTS ({people})) GROUP BY image"""
         vote = f"SELECT image, CAST(mean > 0.5 AS REAL) FROM ({mean}) WHERE mean != 0.5"
         return dict(self.query(f"{mean if soft else vote} ORDER BY image", {"program": SIMULATED}))
@@ -381,11 +381,11 @@ class FeedbackStore:
 
     def labellers(self) -> list[str]:
         """All who labelled, in alphabetical order; one look-up each, however many labels there are."""
-        query = """WITH RECURSIVE found (name) AS (
+        query = """WITH RECURSIVE names (name) AS (
                        SELECT MIN(labeller) FROM labels
-                       UNION ALL SELECT (SELECT MIN(labeller) FROM labels WHERE labeller > name) FROM found
+                       UNION ALL SELECT (SELECT MIN(labeller) FROM labels WHERE labeller > name) FROM names
                        WHERE name IS NOT NULL
-                   ) SELECT name FROM found WHERE name IS NOT NULL"""
+                   ) SELECT name FROM names WHERE name IS NOT NULL"""
         return [name for (name,) in self.query(query)]
 
     def label_rows(self) -> list[tuple[Any, ...]]:

@@ -1,6 +1,6 @@
 """Tables and JSON, read row by row as strictly as label files need it, and written.
 
-A row is (where, columns by their names in small letters), `where` for what is told of it: the file and the line.
+A row is (where, columns by their names in small letters), `where` for messages about it: the file and the line.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ JSON = "one JSON object per line, one array of objects, or one object of objects
 KEY = "(its name)"  # the column that holds the name of each object in a JSON object of objects
 
 
-def columns_needed(needed: Sequence[str], found: Iterable[str]) -> str:
-    names = ", ".join(filter(None, found)) or "none"
+def columns_needed(needed: Sequence[str], present: Iterable[str]) -> str:
+    names = ", ".join(filter(None, present)) or "none"
     said = f"columns needed: {', '.join(needed)}; " if needed else ""
     return f"{said}found: {names if len(names) < 200 else f'{names[:200]} ...'}"
 
@@ -41,7 +41,7 @@ def read_rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[str, dict[str
     read = _read_table if path.suffix.lower() in TABLES else _read_json
     for where, row in read(path, text, needed):
         for key, value in row.items():
-            if not all(_is_text(part) for part in (value if isinstance(value, list) else [value])):
+            if not all(_is_text(item) for item in (value if isinstance(value, list) else [value])):
                 raise InputError(f"{where}: {key} holds half a character (a lone surrogate) or a NUL; accepted: UTF-8")
         yield where, row
 
@@ -111,14 +111,14 @@ def _json_objects(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     lines = [(number, line) for number, line in enumerate(lines_of(text), 1) if line.strip()]
     first = lines[0][1].strip() if lines else ""
     if first[:1] == "[" or first == "{" or len(lines) == 1:  # one value over all lines
-        whole = _loaded(text, str(path))
-        if isinstance(whole, list):
-            yield from ((f"{path}, row {number}", row) for number, row in enumerate(whole, 1))
+        content = _loaded(text, str(path))
+        if isinstance(content, list):
+            yield from ((f"{path}, row {number}", row) for number, row in enumerate(content, 1))
             return
-        if isinstance(whole, dict) and whole and all(isinstance(row, dict) for row in whole.values()):
-            yield from ((f"{path}, {name!r:.80}", {KEY: name} | row) for name, row in whole.items())
+        if isinstance(content, dict) and content and all(isinstance(row, dict) for row in content.values()):
+            yield from ((f"{path}, {name!r:.80}", {KEY: name} | row) for name, row in content.items())
             return
-        if isinstance(whole, dict) and len(lines) > 1:
+        if isinstance(content, dict) and len(lines) > 1:
             raise InputError(f"{path}: is one JSON object, and not of objects; accepted: {JSON}")
     for number, line in lines:
         where = f"{path}, line {number}"

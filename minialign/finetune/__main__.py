@@ -22,7 +22,7 @@ from ..engine.processes import gathered, is_main_process, pick_device, process_g
 from ..engine.run import DIGEST, Run, opened
 from ..engine.settings import STAGES, add_flags, add_run_flags, defaults, given
 from ..evaluate import evaluate_run, images_per_prompt, test_items, write_results
-from ..feedback import USUAL, FeedbackStore, Reading, add_reading_flags, read_judgements, reading
+from ..feedback import USUAL, FeedbackStore, Reading, add_reading_flags, given_reading, read_judgements
 from ..files import InputError, atomic
 from ..generate import check_sampling, generate_images, load_model, per_prompt, planned, sampler
 from ..label.annotated import annotate_run, import_run
@@ -61,7 +61,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def main_job(
     run: Run, flags: dict[str, Any], device: torch.device, *, recipe: str | None = None, feedback: Path | None = None,
-    redo: bool = False, cache_folder: Path | None = None, how: Reading = USUAL,
+    redo: bool = False, cache_folder: Path | None = None, reading: Reading = USUAL,
 ) -> dict[str, Any]:  # fmt: skip
     """All stages of a run, each unless it is done; the content of results.json."""
 
@@ -73,12 +73,12 @@ def main_job(
     settings = run.resolve(flags, embedded=bool(run.world), recipe=recipe)
     check_settings(settings, flags)
     if flags.get("prompts") is not None:
-        planned(settings | per_prompt(run, settings, flags), run.world)  # a mistake is told before it is remembered
+        planned(settings | per_prompt(run, settings, flags), run.world)  # a mistake is reported before it is remembered
     check_sampling(load(), settings, stored_prompts(run.folder))
     check_terms(read_terms(settings["reward"], run.folder), named="reward" in flags)
     run.intend(run.given(flags, recipe))
     sample = sampler(run, settings, flags, device, load)
-    collect(run, settings, flags, sample, feedback, redo, how)
+    collect(run, settings, flags, sample, feedback, redo, reading)
     learn_from_run(run, settings, device, redo)
     items = test_items(run, settings)
     load.cache_clear()  # its memory is for fine-tuning, which changes what it loads
@@ -101,11 +101,11 @@ def check_settings(settings: dict[str, Any], flags: dict[str, Any]) -> None:
 
 def collect(
     run: Run, settings: dict[str, Any], flags: dict[str, Any], load: Any, feedback: Path | None, redo: bool,
-    how: Reading = USUAL,
+    reading: Reading = USUAL,
 ) -> None:  # fmt: skip
     """Stage 1: images and labels, imported from a file, made by others before, or by the model and the annotator."""
     if feedback is not None:
-        import_run(run, feedback, redo, how)
+        import_run(run, feedback, redo, reading)
         return
     learned = any(term.what == LEARNED for term in read_terms(settings["reward"], run.folder))
     images, labels = gathered(counted(run.folder) if is_main_process() else (0, 0))[0]
@@ -169,11 +169,11 @@ def counted(folder: Path) -> tuple[int, int]:
         store.close()
 
 
-def check_feedback(feedback: Path, flags: dict[str, Any], how: Reading = USUAL) -> None:
+def check_feedback(feedback: Path, flags: dict[str, Any], reading: Reading = USUAL) -> None:
     """InputError for a label file that cannot be used, or whose images nobody's model made."""
     if feedback.is_dir():
         raise InputError(f"--feedback {feedback}: a folder; to continue a run: python -m minialign.finetune {feedback}")
-    prompts = [row.prompt for rows in read_judgements(feedback, how) for row in rows]
+    prompts = [row.prompt for rows in read_judgements(feedback, reading) for row in rows]
     if flags.get("model") is None and not knows(prompts):
         raise InputError(
             f"--model: needed with --feedback {feedback}, whose prompts are not the bundled model's; accepted: the "
@@ -191,7 +191,7 @@ def check_sources(folder: Path, flags: dict[str, Any], fresh: bool) -> None:
         before = remembered(folder)
         if before is not None:
             raise InputError(f"--fresh: {folder} was begun with --model {before}; name it again, or another folder")
-    if fresh:  # what cannot be loaded is told before anything is removed
+    if fresh:  # what cannot be loaded is reported before anything is removed
         where = {key: flags[key] for key in ("variant", "vae") if key in flags}
         pipe = Pipeline.from_pretrained(flags.get("model"), **where)
         CLIP.from_pretrained(flags.get("clip", defaults(bool(pipe.world))["clip"]))
@@ -211,17 +211,17 @@ def main() -> None:
         raise InputError("RUN and --out are the same thing; accepted: one of them")
     own = flags.get("model") is not None or args.feedback is not None
     folder = args.run or args.out or Path("runs/own" if own else "runs/shapes")
-    how = reading(args)
-    if args.feedback is None and how != USUAL:
+    reading = given_reading(args)
+    if args.feedback is None and reading != USUAL:
         raise InputError("--columns, --skip, --good-from, --scale: say how --feedback FILE is read, and need it")
     check_sources(folder, flags, args.fresh)
     with process_group(pick_device(args.device)) as device:
         if args.feedback is not None and is_main_process():
-            check_feedback(args.feedback, flags, how)
+            check_feedback(args.feedback, flags, reading)
         with opened(folder, args.fresh) as run:
             results = main_job(
                 run, flags, device, recipe=args.recipe, feedback=args.feedback, redo=args.redo, cache_folder=args.cache,
-                how=how,
+                reading=reading,
             )  # fmt: skip
             if not is_main_process():
                 return

@@ -148,7 +148,7 @@ def micro_batch(
     model_scale, pair_scale = total * len(of_model) / model_rows, total * len(of_pairs) / max(pair_rows, 1)
     factors = torch.cat([sample.factors[of_model] * model_scale, torch.ones(len(of_pairs))])
     is_pair = torch.arange(len(rows)) >= len(of_model)
-    tensors = (x0, sample.noise[rows], sample.t[rows], factors, is_pair, *(part[row] for part in data.context))
+    tensors = (x0, sample.noise[rows], sample.t[rows], factors, is_pair, *(table[row] for table in data.context))
     x0, noise, t, factors, is_pair, *context = (on_device(tensor, device) for tensor in tensors)
     return MicroBatch(x0, noise, t, tuple(context), factors, is_pair, beta * pair_scale)
 

@@ -80,11 +80,11 @@ class FineTuning:
     image_sampling: str = "proportional"  # of model images: in proportion to their weights, or uniform (`SAMPLINGS`)
     prompt_dropout: float = 0.1  # probability of the empty prompt, so that guidance keeps its unconditional model
     min_snr: float = 0.0  # gamma of the min-SNR weight of timesteps; 0: each weighs one
-    noise_offset: float = 0.0  # standard deviation of the noise that a whole channel shares
+    noise_offset: float = 0.0  # standard deviation of the noise that all pixels of a channel share
     seed: int = 0  # of everything random
     dtype: torch.dtype = torch.float32  # of the arithmetic; weights are float32, and in float16 the loss is scaled
     identity: str = ""  # of the model and of what it learns from: a checkpoint of another one is refused
-    parallel: str = "ddp"  # how processes share the work: "ddp" has whole copies, "fsdp" has shards
+    parallel: str = "ddp"  # how processes share the work: "ddp" has copies, "fsdp" has shards
     accumulate: int = 1  # micro-batches of a step in each process, one after the other, to save memory
     checkpoint_every: int = 100  # steps
     keep: int = 2  # newest checkpoints
@@ -227,9 +227,9 @@ def backward(state: State, schedule: NoiseSchedule, data: TrainingData, sample: 
     for i in range(s.accumulate):
         synchronise(state.network, now=i == s.accumulate - 1)
         batch = micro_batch(sample, rank * s.accumulate + i, total, data, s.beta, device)
-        part, of_rows = step_loss(state.network, schedule, **vars(batch), min_snr=s.min_snr, dtype=s.dtype)
-        state.scaler.scale(part / s.accumulate).backward()
-        loss = loss + part.detach() / total
+        micro_loss, of_rows = step_loss(state.network, schedule, **vars(batch), min_snr=s.min_snr, dtype=s.dtype)
+        state.scaler.scale(micro_loss / s.accumulate).backward()
+        loss = loss + micro_loss.detach() / total
         errors = errors + torch.stack([(of_rows * ~batch.is_pair).sum(), (of_rows * batch.is_pair).sum()])
     return loss, errors
 

@@ -121,8 +121,8 @@ def finetune_pipeline(
     if settings["compile"]:
         pipe.unet.compile()
     names = {field.name for field in fields(FineTuning)} & settings.keys()
-    how = FineTuning(**{name: settings[name] for name in names} | {"dtype": dtype, "identity": identity})
-    finetune(pipe.unet, pipe.schedule, data, folder / "checkpoints", how, log=log, validate=validation(pipe))
+    fine_tuning = FineTuning(**{name: settings[name] for name in names} | {"dtype": dtype, "identity": identity})
+    finetune(pipe.unet, pipe.schedule, data, folder / "checkpoints", fine_tuning, log=log, validate=validation(pipe))
     gather_weights(pipe.unet)
     if is_main_process():
         if settings["lora"]:  # merged into the weights as they were stored
@@ -148,20 +148,20 @@ def encode(
     cache: Path,
 ) -> TrainingData:
     """Latents of all images and contexts of all their prompts, computed once and kept in the folder `cache`."""
-    part = processes()
+    share = processes()
     kept = torch.float32 if settings["dtype"] == "float32" else torch.float16
-    how: dict[str, Any] = {"batch": settings["sampling_batch_size"], "dtype": kept, "part": part}
-    sources = [encode_pairs(pipe, images, cache, **how)]
+    options: dict[str, Any] = {"batch": settings["sampling_batch_size"], "dtype": kept, "share": share}
+    sources = [encode_pairs(pipe, images, cache, **options)]
     if isinstance(pretrain, str):
-        skipped = Skipped(folder / "skipped.jsonl", part)
-        sources.append(encode_pairs(pipe, pretrain, cache, **how, skipped=skipped, seed=settings["seed"]))
+        skipped = Skipped(folder / "skipped.jsonl", share)
+        sources.append(encode_pairs(pipe, pretrain, cache, **options, skipped=skipped, seed=settings["seed"]))
     elif pretrain is not None:
-        sources.append(encode_pairs(pipe, pretrain, cache, **how))
+        sources.append(encode_pairs(pipe, pretrain, cache, **options))
     barrier()
     encoded = Cache(cache)
     sources = [entries.kept(encoded) for entries in sources]
     texts = list(dict.fromkeys(text for entries in sources for text in entries.captions))
-    keys = encode_texts(pipe, texts, cache, **how)
+    keys = encode_texts(pipe, texts, cache, **options)
     barrier()
     row = {text: i for i, text in enumerate(texts)}
 
@@ -176,9 +176,9 @@ def encode(
 
 def show(pipe: Pipeline, items: Sequence[tuple[str, int]], settings: dict[str, Any], path: Path) -> None:
     """Sample the first (prompt, seed) items with the UNet as it is into one picture; all processes call it."""
-    how = {"steps": settings["sampling_steps"], "guidance": settings["guidance"]}
+    sampling = {"steps": settings["sampling_steps"], "guidance": settings["guidance"]}
     items = items[:SHOWN]
-    images = list(sample_images(pipe, items, **how, batch=len(items), title="validate"))
+    images = list(sample_images(pipe, items, **sampling, batch=len(items), title="validate"))
     if is_main_process():
         with atomic(path) as temporary:
             grid(images, columns=4).save(temporary, format="PNG")

@@ -30,8 +30,8 @@ from ..feedback import (
     clean_name,
     export_comparisons,
     export_labels,
+    given_reading,
     import_into_run,
-    reading,
 )
 from ..files import InputError, read_bytes
 from .book import LabelBook, number, summary
@@ -57,9 +57,9 @@ def _name(text: str) -> str:
 
 def _origin(text: str) -> str:
     try:
-        parts = urlsplit(text)
-        named = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0  # reads the port
-        right = named and not (parts.query or parts.fragment or "@" in parts.netloc)
+        url = urlsplit(text)
+        named = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0  # reads the port
+        right = named and not (url.query or url.fragment or "@" in url.netloc)
     except ValueError:
         right = False
     if not right:
@@ -123,17 +123,17 @@ def main() -> None:
     if args.out is not None and args.take is not None:
         raise InputError("--out: goes with a folder or file of images; accepted: RUN --import FILE")
     if args.take is not None:
-        counts = zip(import_into_run(args.run, args.take, reading(args)), ("new label", "new comparison"))
-        told = [number(count, what) for count, what in counts if count or what == "new label"]
-        print(f"{args.run}: {', '.join(told)} from {args.take}")
+        counts = zip(import_into_run(args.run, args.take, given_reading(args)), ("new label", "new comparison"))
+        counted = [number(count, what) for count, what in counts if count or what == "new label"]
+        print(f"{args.run}: {', '.join(counted)} from {args.take}")
         return
     there, roots = (args.run / "feedback.sqlite").is_file(), [args.images] if args.images else []
     if not there and not (args.export or args.summary or args.compare) and begins(args.run):
         from .begun import begin
 
-        args.run, found = begin(args.run, args.out, reading(args))
-        there, roots = True, roots + found
-    elif args.out is not None or reading(args) != USUAL:
+        args.run, folders = begin(args.run, args.out, given_reading(args))
+        there, roots = True, roots + folders
+    elif args.out is not None or given_reading(args) != USUAL:
         raise InputError(
             f"{args.run}: --out and the flags for label files are accepted only with images to begin a run, or --import"
         )
@@ -203,9 +203,9 @@ def serve(store: FeedbackStore, args: argparse.Namespace, roots: Sequence[Path])
         what = f"no {'image' if args.sets == 1 else f'{args.sets} images'} of a prompt that is in {args.compare} too"
     if not len(book.ids):
         raise InputError(f"{args.run}: its store holds {what}")
-    how = {"labeller": args.labeller, "guide": guide, "origin": args.origin}
+    options = {"labeller": args.labeller, "guide": guide, "origin": args.origin}
     try:
-        server = Server(book, args.host, args.port, token, **how)
+        server = Server(book, args.host, args.port, token, **options)
     except OSError as error:
         where = f"--host {args.host} --port {args.port}"
         raise InputError(f"{where}: cannot be listened on ({error.strerror}); --port 0 takes a free one") from error

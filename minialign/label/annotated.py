@@ -50,17 +50,17 @@ def annotate_images(folder: Path, number: int, seed: int) -> None:
         store.close()
 
 
-def import_run(run: Run, file: Path, redo: bool = False, how: Reading = USUAL) -> None:
+def import_run(run: Run, file: Path, redo: bool = False, reading: Reading = USUAL) -> None:
     """Stage `label` of a run, unless it is done: the labels and comparisons of a label file, and its images."""
 
     def inputs() -> dict[str, str]:
-        as_read = {} if how == USUAL else {"reading of the label file": digest(json.dumps(how))}
+        as_read = {} if reading == USUAL else {"reading of the label file": digest(json.dumps(reading))}
         return {"label file": digest(read_bytes(file))} | as_read
 
     with run.stage("label", f"the labels of {file}", {}, inputs, redo=redo) as todo:
         if todo:
             with closing(FeedbackStore(run.folder)) as store:
                 only_simulated = set(store.labellers()) <= {SIMULATED} and not store.comparison_rows()
-                import_labels(store, file, how)
+                import_labels(store, file, reading)
                 if only_simulated:  # then all labels can be made again, so that --redo may remove them
                     run.stages["label"]["imported"] = label_digest(store)

@@ -23,7 +23,7 @@ class _Strict(Skipped):
         raise error
 
 
-def begin(source: Path, out: Path | None, how: Reading) -> tuple[Path, list[Path]]:
+def begin(source: Path, out: Path | None, reading: Reading) -> tuple[Path, list[Path]]:
     """The run of a source's images, begun or continued, and the folders that they lie in.
 
     source: a folder of images with captions, as pre-training pairs have them (`read_pairs`), or a label file with or
@@ -31,7 +31,9 @@ def begin(source: Path, out: Path | None, how: Reading) -> tuple[Path, list[Path
     """
     run = out or Path("runs") / (source.resolve().name if source.is_dir() else source.stem)
     check_folder(run)
-    rows, pairs = (folder_images(source), []) if source.is_dir() else new_judgements(run, source, how, unlabelled=True)
+    rows, pairs = (
+        (folder_images(source), []) if source.is_dir() else new_judgements(run, source, reading, unlabelled=True)
+    )
     named = [(row.prompt, row.image) for row in rows]
     named += [(row.prompt, image) for row in pairs for image in (row.image, row.other)]
     images = {(prompt, Path(os.path.realpath(run / image))) for prompt, image in named}

@@ -95,10 +95,10 @@ class Server(ThreadingHTTPServer):
 
     def is_named(self, host: str) -> bool:
         """Whether a Host header names this server: another site's name that points here (DNS rebinding) does not."""
-        parts = re.fullmatch(r"(\[[0-9a-f:.]+\]|[\w.-]+)(:[0-9]+)?", host.lower(), re.ASCII)
-        if parts is None:
+        match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[\w.-]+)(:[0-9]+)?", host.lower(), re.ASCII)
+        if match is None:
             return False
-        name = parts[1].strip("[]").rstrip(".")
+        name = match[1].strip("[]").rstrip(".")
         if name in ("localhost", "127.0.0.1", "::1", self.host.lower()) or self.origin and host == self.origin.netloc:
             return True
         # on all interfaces: any address may be this machine's, and an address cannot be rebound

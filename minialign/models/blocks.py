@@ -179,7 +179,7 @@ class Attention(nn.Module):
         projected = project(x) if norm is None else recomputed(project, x)
         if context is not None:
             projected += [self.to_k(context), self.to_v(context)]
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in projected)
+        q, k, v = (tensor.unflatten(-1, (self.heads, -1)).transpose(1, 2) for tensor in projected)
         if self.upcast:  # SD 2.1 overflows in float16 without it
             q, k, v = q.float(), k.float(), v.float()
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

@@ -344,7 +344,7 @@ class CLIP(CLIPTowers):
         return clip
 
     @classmethod
-    def _from_openclip(cls, folder: Path, **how: Any) -> CLIP:
+    def _from_openclip(cls, folder: Path, **options: Any) -> CLIP:
         path, weights_path = (folder / name for name in OPENCLIP)
         weights = read_weights(weights_path)
         try:
@@ -353,7 +353,7 @@ class CLIP(CLIPTowers):
             raise
         except MALFORMED as error:
             raise InputError(f"{path}: {first_line(error)}") from error
-        clip = build_network(cls, config, weights, path, weights_path, **how)
+        clip = build_network(cls, config, weights, path, weights_path, **options)
         clip.preprocessing = preprocessing
         return clip
 

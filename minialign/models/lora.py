@@ -121,7 +121,7 @@ def _form(layer: nn.Module) -> dict[str, Any]:
 def add_lora(unet: nn.Module, rank: int, alpha: float | None = None) -> list[nn.Parameter]:
     """Freeze `unet`, give every attention projection an adapter that adds nothing yet; the adapters' parameters.
 
-    The adapter's part is scaled by alpha / rank; alpha is the rank unless given, so that the scale is one.
+    The adapter is scaled by alpha / rank; alpha is the rank unless given, so that the scale is one.
     """
     if rank < 1 or adapters(unet):
         raise ValueError(f"rank={rank}: accepted: 1 or more, on a UNet without adapters")
@@ -188,13 +188,13 @@ def load_lora(unet: nn.Module, path: str | Path) -> None:
         raise ValueError("this UNet has adapters already; merge_lora first")
     weights = read_weights(path)
     text = [key for key in weights if key.startswith(TEXT)]
-    found = _by_layer(unet, {key: weights[key] for key in weights if key not in text}, path)
+    by_layer = _by_layer(unet, {key: weights[key] for key in weights if key not in text}, path)
     settings, modules = _settings(path, peft=any("base_model.model." in key for key in weights)), {}
-    for name, parts in found.items():
+    for name, tensors in by_layer.items():
         layer = unet.get_submodule(name)
-        a, b, rank = _halves(name, layer, parts, path)
+        a, b, rank = _halves(name, layer, tensors, path)
         try:
-            scale = _scale(name, rank, float(parts["alpha"]) if "alpha" in parts else None, settings)
+            scale = _scale(name, rank, float(tensors["alpha"]) if "alpha" in tensors else None, settings)
         except (re.error, *MALFORMED) as error:
             raise InputError(f"{path}: alpha of {name} cannot be read ({first_line(error)})") from error
         adapt: Any = LoRALinear if isinstance(layer, nn.Linear) else LoRAConv2d
@@ -203,8 +203,8 @@ def load_lora(unet: nn.Module, path: str | Path) -> None:
     for name, adapted in modules.items():
         unet.set_submodule(name, adapted)
     if text:
-        told = f"{path}: its adapters of the UNet are read; those of text encoders ({len(text)} keys) are not"
-        warnings.warn(told, stacklevel=2)
+        message = f"{path}: its adapters of the UNet are read; those of text encoders ({len(text)} keys) are not"
+        warnings.warn(message, stacklevel=2)
 
 
 def _by_layer(unet: nn.Module, weights: Weights, path: Path) -> dict[str, Weights]:
@@ -223,7 +223,7 @@ def _by_layer(unet: nn.Module, weights: Weights, path: Path) -> dict[str, Weight
         for name, module in unet.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d))
     }
-    found: dict[str, Weights] = {}
+    by_layer: dict[str, Weights] = {}
     for key, tensor in weights.items():
         kind = next((kind for mark, kind in OTHER_KINDS.items() if mark in key), None)
         match = KEY.fullmatch(key)
@@ -235,20 +235,20 @@ def _by_layer(unet: nn.Module, weights: Weights, path: Path) -> dict[str, Weight
         layer = layers.get(name[:-1])
         if layer is None:
             raise InputError(f"{path}: {key}: this UNet has no such linear layer or convolution")
-        parts = found.setdefault(layer, {})
-        if ENDS[match["end"]] in parts:
+        tensors = by_layer.setdefault(layer, {})
+        if ENDS[match["end"]] in tensors:
             raise InputError(f"{path}: {key} is there twice, under two names")
-        parts[ENDS[match["end"]]] = tensor
-    if not found:
+        tensors[ENDS[match["end"]]] = tensor
+    if not by_layer:
         raise InputError(f"{path}: has no adapters of a UNet")
-    return found
+    return by_layer
 
 
-def _halves(name: str, layer: nn.Module, parts: Weights, path: Path) -> tuple[Tensor, Tensor, int]:
+def _halves(name: str, layer: nn.Module, tensors: Weights, path: Path) -> tuple[Tensor, Tensor, int]:
     """A and B in the shapes and precision of the layer, and their rank; a 1x1 kernel may be stored as a matrix."""
-    if not {"A", "B"} <= parts.keys():
+    if not {"A", "B"} <= tensors.keys():
         raise InputError(f"{path}: {name} has one half of an adapter only")
-    a, b = parts["A"], parts["B"]
+    a, b = tensors["A"], tensors["B"]
     weight: Any = layer.weight
     rank = a.shape[0] if a.ndim else 0
 

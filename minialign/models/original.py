@@ -1,7 +1,8 @@
 """The original layout of Stable Diffusion: one file with all networks, under the names of CompVis' latent-diffusion.
 
-`parts` renames its keys to diffusers' and transformers' by the rules below, and reads the configs off the shapes, since
-such a file carries none. Stable Diffusion 1.x, 2.x and XL base. `open_clip` does the same for OpenCLIP's own files.
+`components` renames its keys to diffusers' and transformers' by the rules below, and reads the configs off the shapes,
+since such a file carries none. Stable Diffusion 1.x, 2.x and XL base. `open_clip` does the same for OpenCLIP's own
+files.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from .blocks import OFF, read_config
 
 Weights = dict[str, Tensor]
-Part = tuple[dict[str, Any], Weights]  # config and weights
+Component = tuple[dict[str, Any], Weights]  # config and weights
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 VAE_PARTS = "encoder.", "decoder.", "quant_conv.", "post_quant_conv."
@@ -94,7 +95,7 @@ def is_original(weights: Weights) -> bool:
     return UNET + "input_blocks.0.0.weight" in weights
 
 
-def parts(weights: Weights, prediction_type: str | None = None) -> dict[str, Part]:
+def components(weights: Weights, prediction_type: str | None = None) -> dict[str, Component]:
     """Config and weights of "unet", "vae", "text_encoder", for XL "text_encoder_2", and "scheduler" (no weights).
 
     The file does not say what the network predicts: v is taken for 2.x, whose 768 pixel checkpoints predict it, and for
@@ -103,33 +104,33 @@ def parts(weights: Weights, prediction_type: str | None = None) -> dict[str, Par
     """
     if "edm_mean" in weights:
         raise ValueError("the noise of playground-v2.5 is not supported")
-    found = {"unet": _unet(_under(weights, UNET))}
+    result = {"unet": _unet(_under(weights, UNET))}
     if any(key.startswith(VAE) for key in weights):
-        found["vae"] = _vae(_under(weights, VAE))
-    prediction, config = "epsilon", found["unet"][0]
+        result["vae"] = _vae(_under(weights, VAE))
+    prediction, config = "epsilon", result["unet"][0]
     if any(key.startswith(XL_TOWERS[1]) for key in weights):
-        found["text_encoder"] = _clip(_under(weights, XL_TOWERS[0]))
-        found["text_encoder_2"] = _openclip(_under(weights, XL_TOWERS[1]), whole=True)
-        if "vae" in found:
-            found["vae"][0].update(XL_VAE)
+        result["text_encoder"] = _clip(_under(weights, XL_TOWERS[0]))
+        result["text_encoder_2"] = _openclip(_under(weights, XL_TOWERS[1]), xl=True)
+        if "vae" in result:
+            result["vae"][0].update(XL_VAE)
         config["sample_size"] = 128
         prediction = "v_prediction" if "v_pred" in weights else "epsilon"
     elif any(key.startswith(OPENCLIP_TOWER) for key in weights):
-        found["text_encoder"] = _openclip(_under(weights, OPENCLIP_TOWER), whole=False)
+        result["text_encoder"] = _openclip(_under(weights, OPENCLIP_TOWER), xl=False)
         prediction = prediction_type or "v_prediction"
         config |= {"sample_size": 96 if prediction == "v_prediction" else 64, "upcast_attention": True}
     else:
-        found["text_encoder"] = _clip(_under(weights, CLIP_TOWER))
+        result["text_encoder"] = _clip(_under(weights, CLIP_TOWER))
     schedule = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
     schedule |= {"set_alpha_to_one": False, "clip_sample": False, "prediction_type": prediction_type or prediction}
     if "ztsnr" in weights:
         schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    found["scheduler"] = ({"_class_name": "DDIMScheduler", "num_train_timesteps": 1000} | schedule, {})
-    return found
+    result["scheduler"] = ({"_class_name": "DDIMScheduler", "num_train_timesteps": 1000} | schedule, {})
+    return result
 
 
-def vae_part(weights: Weights, xl: bool) -> Part:
-    """Config and weights of an autoencoder in a file of its own, whose keys may have the prefix of a whole checkpoint.
+def vae_component(weights: Weights, xl: bool) -> Component:
+    """Config and weights of an autoencoder in a file of its own, whose keys may have the prefix of a full checkpoint.
 
     Its scale is that of XL's latents or of the others'. LookupError for a file of another kind.
     """
@@ -140,10 +141,10 @@ def vae_part(weights: Weights, xl: bool) -> Part:
 
 
 def _under(weights: Weights, prefix: str) -> Weights:
-    found = {key.removeprefix(prefix): tensor for key, tensor in weights.items() if key.startswith(prefix)}
-    if not found:
+    own = {key.removeprefix(prefix): tensor for key, tensor in weights.items() if key.startswith(prefix)}
+    if not own:
         raise LookupError(f"no weights under {prefix!r}")
-    return found
+    return own
 
 
 def _renamed(weights: Weights, rules: list[tuple[str, str]]) -> Weights:
@@ -179,7 +180,7 @@ def unet_rules(layers: int, levels: int) -> list[tuple[str, str]]:
     return [(f"^{re.escape(old)}\\.", new + ".") for old, new in longest] + UNET_RULES
 
 
-def _unet(weights: Weights) -> Part:
+def _unet(weights: Weights) -> Component:
     down = {int(key.split(".")[1]) for key in weights if key.startswith("input_blocks.") and key.endswith("op.weight")}
     layers, levels = min(down) - 1, len(down) + 1
     if not 0 < layers * levels <= len(weights):
@@ -213,7 +214,7 @@ def _unet(weights: Weights) -> Part:
     return config, renamed
 
 
-def _vae(weights: Weights) -> Part:
+def _vae(weights: Weights) -> Component:
     renamed = _renamed(weights, VAE_RULES)
     levels = _count(renamed, r"encoder\.down_blocks\.")
     reverse = {}
@@ -235,16 +236,16 @@ def _vae(weights: Weights) -> Part:
     return config, reverse
 
 
-def _clip(weights: Weights) -> Part:
+def _clip(weights: Weights) -> Component:
     weights = _renamed(weights, CLIP_RULES)
     return _text_config(weights, "quick_gelu"), weights
 
 
-def _openclip(weights: Weights, whole: bool) -> Part:
-    """`whole` with the last layer and the projection; 2.x reads the layer before, and its 24th is not kept."""
+def _openclip(weights: Weights, xl: bool) -> Component:
+    """XL's tower has its last layer and a projection; 2.x reads the layer before, and its 24th is not kept."""
     renamed = _openclip_renamed(weights)
-    config = {"projection_dim": renamed["text_projection.weight"].shape[0]} if whole else {}
-    if not whole:
+    config = {"projection_dim": renamed["text_projection.weight"].shape[0]} if xl else {}
+    if not xl:
         renamed = {key: t for key, t in renamed.items() if not key.startswith("text_model.encoder.layers.23.")}
     return _text_config(renamed, "gelu") | config, renamed
 
@@ -253,8 +254,8 @@ def _openclip_renamed(weights: Weights) -> Weights:
     renamed = {}
     for key, tensor in _renamed(weights, OPENCLIP_RULES).items():
         if match := re.search(r"\.attn\.in_proj_(weight|bias)$", key):
-            for name, part in zip("qkv", tensor.chunk(3)):
-                renamed[f"{key[: match.start()]}.self_attn.{name}_proj.{match[1]}"] = part
+            for name, third in zip("qkv", tensor.chunk(3)):
+                renamed[f"{key[: match.start()]}.self_attn.{name}_proj.{match[1]}"] = third
         elif key in ("text_projection", "visual.proj"):  # OpenCLIP multiplies from the other side
             renamed["text_projection.weight" if key == "text_projection" else "visual_projection.weight"] = tensor.T
         else:
@@ -267,9 +268,9 @@ def open_clip(config: dict[str, Any], weights: Weights) -> tuple[dict[str, Any],
 
     ValueError names the key of an unsupported value, such as a vision tower from another library.
     """
-    model, look = config["model_cfg"], config.get("preprocess_cfg") or {}
+    model, preprocess = config["model_cfg"], config.get("preprocess_cfg") or {}
     read_config("OpenCLIP model_cfg", model, {}, MODEL_BUILT)
-    read_config("OpenCLIP preprocess_cfg", look, {}, PREPROCESS_BUILT)
+    read_config("OpenCLIP preprocess_cfg", preprocess, {}, PREPROCESS_BUILT)
     text = read_config("OpenCLIP text_cfg", model["text_cfg"], OPENCLIP_TEXT, TEXT_BUILT)
     vision = read_config("OpenCLIP vision_cfg", model["vision_cfg"], OPENCLIP_VISION, VISION_BUILT)
 
@@ -289,7 +290,7 @@ def open_clip(config: dict[str, Any], weights: Weights) -> tuple[dict[str, Any],
         | {"image_size": size, "patch_size": vision["patch_size"]},
     }
     preprocessing = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
-    preprocessing |= {f"image_{key}": look[key] for key in ("mean", "std") if look.get(key)}
+    preprocessing |= {f"image_{key}": preprocess[key] for key in ("mean", "std") if preprocess.get(key)}
     return towers, _openclip_renamed(weights), preprocessing
 
 

@@ -36,16 +36,16 @@ Network = TypeVar("Network", bound=nn.Module)
 
 def weights_names(name: str, variant: str | None = None) -> tuple[str, str]:
     """The weights' file beside config.json, and the index of weights in several files; variant is such as "fp16"."""
-    part = f".{variant}" if variant else ""
-    return f"{name}{part}.safetensors", f"{name}.safetensors.index{part}.json"
+    infix = f".{variant}" if variant else ""
+    return f"{name}{infix}.safetensors", f"{name}.safetensors.index{infix}.json"
 
 
 def weights_patterns(folder: str, name: str, variant: str | None = None) -> list[str]:
-    """What to fetch of a hub repository for one network: its config, and its weights whole or in numbered parts."""
-    whole, index = weights_names(name, variant)
+    """What to fetch of a hub repository for one network: its config, and its weights in one file or in shards."""
+    single, index = weights_names(name, variant)
     first, last = (f".{variant}", f".{variant}") if variant else ("", "")
-    parts = {f"{name}{first}-?????-of-?????.safetensors", f"{name}-?????-of-?????{last}.safetensors"}
-    return [folder + file for file in ("config.json", whole, index, *sorted(parts))]
+    shards = {f"{name}{first}-?????-of-?????.safetensors", f"{name}-?????-of-?????{last}.safetensors"}
+    return [folder + file for file in ("config.json", single, index, *sorted(shards))]
 
 
 def resolve(
@@ -61,7 +61,7 @@ def resolve(
     """Where a source is: None is the embedded checkpoint, a folder or .safetensors file is itself, a hub id fetched.
 
     Of a hub repository only files that match `patterns` are fetched; what is in the cache needs no network. `accepted`
-    is told where the source is none. The other keywords are huggingface_hub's; its environment variables (HF_TOKEN,
+    is said where the source is none. The other keywords are huggingface_hub's; its environment variables (HF_TOKEN,
     HF_HOME, HF_HUB_OFFLINE) work too.
     """
     if source is None:
@@ -81,10 +81,10 @@ def resolve(
         raise InputError(f"{source}: not found; {accepted}")
     from huggingface_hub import snapshot_download  # slow to import, and most runs need no hub
 
-    how: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    how = {key: value for key, value in how.items() if value}
+    options: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    options = {key: value for key, value in options.items() if value}
     try:
-        return Path(str(snapshot_download(str(source), revision=revision, allow_patterns=patterns, **how)))
+        return Path(str(snapshot_download(str(source), revision=revision, allow_patterns=patterns, **options)))
     except Exception as error:  # the hub's errors, those of its HTTP library and of proxies have no common base
         raise InputError(
             f"{source}: neither a folder nor a hub id that can be fetched ({first_line(error)})"
@@ -175,12 +175,12 @@ def weights_files(folder: Path, name: str, variant: str | None = None) -> list[P
     Where the network has not the variant, its weights without one are read, and where it has no such, those of the one
     variant that is there.
     """
-    found = variants(folder, name)
-    if variant not in found:
-        variant = next(iter(found)) if len(found) == 1 else None
-    whole, index = weights_names(name, variant)
-    if (folder / whole).is_file():
-        return [folder / whole]
+    there = variants(folder, name)
+    if variant not in there:
+        variant = next(iter(there)) if len(there) == 1 else None
+    single, index = weights_names(name, variant)
+    if (folder / single).is_file():
+        return [folder / single]
     if (folder / index).is_file():
         named = read_json(folder / index).get("weight_map")
         if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
@@ -189,14 +189,14 @@ def weights_files(folder: Path, name: str, variant: str | None = None) -> list[P
             if not re.fullmatch(r"[\w.-]+\.safetensors", file):
                 raise InputError(f"{folder / index}: {file!r} is not the name of a .safetensors file beside it")
         return [folder / file for file in sorted(set(named.values()))]
-    if found:
-        named = " or ".join(sorted(map(str, found)))
+    if there:
+        named = " or ".join(sorted(map(str, there)))
         raise InputError(f"{folder}: has weights of variants alone; accepted: variant={named}")
     for path in sorted(folder.glob("*")):
         if path.suffix in PICKLES:
             raise InputError(f"{path}: {CONVERT}")
     # of a hub repository neither pickles nor variants that were not asked for are fetched
-    raise InputError(f"{folder}: no weights; accepted: {whole} or {index}, or a variant by its name ({CONVERT})")
+    raise InputError(f"{folder}: no weights; accepted: {single} or {index}, or a variant by its name ({CONVERT})")
 
 
 def save_network(network: nn.Module, folder: Path, name: str = WEIGHTS[0], dtype: torch.dtype | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The reward model r(x,z) of the method's stage 2: an MLP on frozen CLIP features, and the parts of its loss.
+"""The reward model r(x,z) of the method's stage 2: an MLP on frozen CLIP features, and the terms of its loss.
 
 L_mse = mean (y - r(x,z))^2                                                      Lee et al. 2023, section 3.2
 L_pc  = cross entropy of softmax_i( r(x,z_i) / T ) against the original prompt among contrastive ones
@@ -77,7 +77,7 @@ def embed_texts(clip: CLIP, prompts: Sequence[str], batch: int = 256) -> Tensor:
     """CLIP embeddings (B,E) of prompts, each different one encoded once."""
     unique = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     ids = clip.tokenizer(list(unique)).to(clip.logit_scale.device)
-    embeds = torch.cat([clip.encode_text(part) for part in ids.split(batch)])
+    embeds = torch.cat([clip.encode_text(chunk) for chunk in ids.split(batch)])
     return embeds[[unique[prompt] for prompt in prompts]]
 
 

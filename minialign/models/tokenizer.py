@@ -104,9 +104,9 @@ class Tokenizer:
             return read_json(folder / name) if (folder / name).exists() else {}
 
         try:
-            config, whole = optional("tokenizer_config.json"), optional("tokenizer.json")
-            if whole:
-                vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
+            config, combined = optional("tokenizer_config.json"), optional("tokenizer.json")
+            if combined:
+                vocab, merges = combined["model"]["vocab"], combined["model"]["merges"]
             else:
                 vocab = read_json(folder / "vocab.json")
                 lines = re.split(r"\r?\n", read_bytes(folder / "merges.txt").decode("utf-8"))
@@ -115,7 +115,7 @@ class Tokenizer:
                 added = {
                     str(i): {"content": token, "normalized": True} for token, i in optional("added_tokens.json").items()
                 }
-                added |= {str(token["id"]): token for token in whole.get("added_tokens", [])}
+                added |= {str(token["id"]): token for token in combined.get("added_tokens", [])}
                 config |= {key: token for key, token in optional("special_tokens_map.json").items() if "_token" in key}
                 config |= {"added_tokens_decoder": added} if added else {}
             pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
@@ -164,18 +164,18 @@ class Tokenizer:
 
     def _encode_word(self, word: str) -> list[int]:
         if word not in self._cache:
-            parts = [self._bytes[byte] for byte in word.encode("utf-8")]
-            parts[-1] += "</w>"
-            while len(parts) > 1:
-                pairs = list(zip(parts, parts[1:]))
+            symbols = [self._bytes[byte] for byte in word.encode("utf-8")]
+            symbols[-1] += "</w>"
+            while len(symbols) > 1:
+                pairs = list(zip(symbols, symbols[1:]))
                 best = min(pairs, key=lambda pair: self._ranks.get(pair, len(self._ranks)))
                 if best not in self._ranks:
                     break
                 merged, i = [], 0
-                while i < len(parts):
-                    step = 2 if tuple(parts[i : i + 2]) == best else 1
-                    merged.append("".join(parts[i : i + step]))
+                while i < len(symbols):
+                    step = 2 if tuple(symbols[i : i + 2]) == best else 1
+                    merged.append("".join(symbols[i : i + step]))
                     i += step
-                parts = merged
-            self._cache[word] = [self.vocab.get(part, self.end) for part in parts]
+                symbols = merged
+            self._cache[word] = [self.vocab.get(symbol, self.end) for symbol in symbols]
         return self._cache[word]

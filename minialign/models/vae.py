@@ -91,7 +91,7 @@ class Stage(nn.Module):
 
 def layers(stages: nn.ModuleList) -> Iterator[nn.Module]:
     """The layers of all stages in order; one loop over them lets go of each map as soon as the next one is there."""
-    return (layer for stage in stages for part in stage.children() for layer in part)  # type: ignore[attr-defined]
+    return (layer for stage in stages for block in stage.children() for layer in block)  # type: ignore[attr-defined]
 
 
 class Encoder(nn.Module):
@@ -177,7 +177,7 @@ class VAE(nn.Module):
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance, each (B,C,h,w), of the Gaussian over latents; not scaled."""
-        moments = torch.cat([self.encoder(part) for part in images.split(slice_size(images, 1))])
+        moments = torch.cat([self.encoder(chunk) for chunk in images.split(slice_size(images, 1))])
         if hasattr(self, "quant_conv"):
             moments = self.quant_conv(moments)
         mean, logvar = moments.chunk(2, dim=1)
@@ -187,7 +187,7 @@ class VAE(nn.Module):
         """Images (B,3,H,W), about [-1,1], of unscaled latents."""
         if hasattr(self, "post_quant_conv"):
             latents = self.post_quant_conv(latents)
-        return torch.cat([self.decoder(part) for part in latents.split(slice_size(latents, self.factor))])
+        return torch.cat([self.decoder(chunk) for chunk in latents.split(slice_size(latents, self.factor))])
 
 
 def slice_size(x: Tensor, factor: int) -> int:

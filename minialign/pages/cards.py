@@ -85,9 +85,9 @@ def comparison(evaluation: Mapping[str, Any]) -> str:
     models = list(evaluation["models"])
     lines = [line for judge in evaluation["judged"] for line in _judged(evaluation["judged"][judge], judge, models)]
     for key, title in MEASURES.items():
-        found = evaluation.get(key) or {}
-        if any(found.get(name) is not None for name in models):
-            lines.append(_line(title, {name: number(found.get(name), key == "readable") for name in models}))
+        measured = evaluation.get(key) or {}
+        if any(measured.get(name) is not None for name in models):
+            lines.append(_line(title, {name: number(measured.get(name), key == "readable") for name in models}))
     for measure, table in (evaluation.get("picture") or {}).items():
         means = {name: number(table.get(name, {}).get("value"), False) for name in models}
         lines.append(_line(f"mean {measure}", means, _gains(table, False)))
@@ -215,17 +215,17 @@ def reward_table(reward: Mapping[str, Any]) -> str:
     lines = []
     for split, held_out in reward["held_out"].items():
         good = held_out["good_fraction"]
-        told = f"{split}: {held_out['labels']:,} held-out labels of {held_out['prompts']:,} prompts"
+        summary = f"{split}: {held_out['labels']:,} held-out labels of {held_out['prompts']:,} prompts"
         if good is not None:
             commoner = "good" if good > 0.5 else "bad"
-            told += f"; always predicting {commoner} is right for {number(max(good, 1 - good), True)}"
+            summary += f"; always predicting {commoner} is right for {number(max(good, 1 - good), True)}"
         compared = f"{'pairs ranked right':>20}" if "comparisons" in held_out else ""
-        told += f"; {held_out['comparisons']:,} held-out comparisons" if compared else ""
+        summary += f"; {held_out['comparisons']:,} held-out comparisons" if compared else ""
         heads = f"{'':25}{'accuracy':>9}{'AUC':>7}{'ECE':>7}{'Brier':>7}{'prompt accuracy':>17}{compared}"
-        lines += ["", told, heads]
-        for model, found in reward["measured"].items():
-            if split in found:
-                lines.append(_predicts(model, found[split], reward))
+        lines += ["", summary, heads]
+        for model, by_split in reward["measured"].items():
+            if split in by_split:
+                lines.append(_predicts(model, by_split[split], reward))
     if not lines:
         return f"{head} Too few prompts, or labels of one kind only, to hold any out: nothing was measured."
     return "\n".join([head, *lines])
@@ -236,13 +236,13 @@ def reward_words(reward: Mapping[str, Any]) -> str:
     return " + ".join(f"{one['weight']:g} x {one['what']} ({one['how']})" for one in reward["terms"])
 
 
-def _predicts(model: str, found: Mapping[str, Any], reward: Mapping[str, Any]) -> str:
+def _predicts(model: str, quality: Mapping[str, Any], reward: Mapping[str, Any]) -> str:
     """A line of `reward_table`: one model on one kind of prompts."""
     alone = model == "auxiliary" and not reward["settings"].get("lambda", 1)
-    cells = [f"{number(found.get('accuracy'), True):>9}"]
-    cells += [f"{number(found.get(key), False):>7}" for key in ("auc", "ece", "brier")]
-    cells += [f"{number(found.get('prompt_accuracy'), True):>17}"]
-    cells += [f"{number(found['pairs_ranked_right'], True):>20}"] if "pairs_ranked_right" in found else []
+    cells = [f"{number(quality.get('accuracy'), True):>9}"]
+    cells += [f"{number(quality.get(key), False):>7}" for key in ("auc", "ece", "brier")]
+    cells += [f"{number(quality.get('prompt_accuracy'), True):>17}"]
+    cells += [f"{number(quality['pairs_ranked_right'], True):>20}"] if "pairs_ranked_right" in quality else []
     return f"  {'reward model (lambda 0)' if alone else REWARD_MODELS[model]:23}" + "".join(cells)
 
 
@@ -253,8 +253,8 @@ def curve_table(curve: Mapping[str, Any]) -> str:
         cells = []
         for key, percent in (("accuracy", True), ("auc", False), ("pairs", True)):
             ends = curve[key]["ci95"][i]
-            told = f" ({interval(ends, percent)})" if ends else ""
-            cells.append(number(curve[key]["value"][i], percent) + told)
+            bounds = f" ({interval(ends, percent)})" if ends else ""
+            cells.append(number(curve[key]["value"][i], percent) + bounds)
         lines.append(f"{labels:8,}{cells[0]:>22}{cells[1]:>24}{cells[2]:>24}")
     splits = f"Means over {curve['splits']} random splits, each with a fifth of the prompts held out, 95 % intervals."
     return "\n".join([*lines, splits, twice_as_many(curve)])

@@ -74,19 +74,19 @@ def svg(title: str, draw: Callable[[Any], None], size: tuple[float, float]) -> s
     return f"<svg{text}"
 
 
-def panels(number: int, columns: int, height: float, **how: Any) -> tuple[Any, list[Any]]:
+def panels(number: int, columns: int, height: float, **options: Any) -> tuple[Any, list[Any]]:
     """A figure of README width with `number` panels in rows of `columns`, each `height` inches high."""
     from matplotlib.figure import Figure
 
     rows = -(-number // columns)
     figure = Figure(figsize=(WIDTH, height * rows), layout="constrained")
-    found = list(figure.subplots(rows, columns, squeeze=False, **how).flat)
-    for axes in found[number:]:
+    all_axes = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+    for axes in all_axes[number:]:
         axes.set_axis_off()
-    for axes in found[:number]:
+    for axes in all_axes[:number]:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=9)
-    return figure, found[:number]
+    return figure, all_axes[:number]
 
 
 def save(figure: Any, path: Path, dpi: int = DPI) -> None:
@@ -109,13 +109,13 @@ def name_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
     ends = sorted(ends, key=lambda end: end[1])
     across, up = (axes.transScale + axes.transLimits).transform([end[:2] for end in ends]).T
     for (_, _, name, color), x, y in zip(ends, across, spread(up.tolist())):
-        how = {
+        style = {
             "xycoords": "axes fraction",
             "textcoords": "offset points",
             "annotation_clip": False,
             "parse_math": False,
         }
-        axes.annotate(name, (x, y), (8, 0), color=color, va="center", fontsize=9, **how)
+        axes.annotate(name, (x, y), (8, 0), color=color, va="center", fontsize=9, **style)
 
 
 def spread(heights: Sequence[float], step: float = 0.08) -> list[float]:
@@ -183,14 +183,14 @@ def plot_calibration(path: Path, measured: Mapping[str, Mapping[str, Mapping[str
         return
     splits = list(dict.fromkeys(split for one in measured.values() for split in one))
     places = [(split, name) for split in splits for name in measured]
-    figure, found = panels(len(places), len(measured), 3.1, sharex=True, sharey=True)
-    for axes, (split, name) in zip(found, places):
+    figure, all_axes = panels(len(places), len(measured), 3.1, sharex=True, sharey=True)
+    for axes, (split, name) in zip(all_axes, places):
         one = measured[name].get(split, {})
         calibration(axes, one.get("calibration") or [], GREY if name == "clip" else COLORS[0], "0.6")
         error = f": ECE {one['ece']:.3f}" if one.get("ece") is not None else ""
         axes.set_title(f"{REWARD_MODELS[name]},\n{split}{error}", fontsize=10)
         axes.label_outer()
-    for axes in found[:: len(measured)]:
+    for axes in all_axes[:: len(measured)]:
         axes.set_ylabel("fraction labelled good")
     figure.supxlabel("a point's area is its number of images, its bar the 95 % interval", fontsize=9, color=GREY)
     save(figure, path)
@@ -224,8 +224,8 @@ def plot_best_of(path: Path, curves: Mapping[str, Mapping[str, Mapping[str, Any]
     longest = [len(curve["value"]) for tables in curves.values() for one in tables.values() for curve in one.values()]
     if max(longest, default=1) == 1:
         return
-    figure, found = panels(len(judges), 1, 3.0)
-    for axes, judge in zip(found, judges):
+    figure, all_axes = panels(len(judges), 1, 3.0)
+    for axes, judge in zip(all_axes, judges):
         shown = [
             (f"{name}, chosen by {chooser}", "-" if chooser == "reward" or "reward" not in curves else "--", curve)
             for chooser, tables in curves.items()
@@ -315,13 +315,13 @@ def by_labels(measured: Mapping[str, Any], figure: Any) -> None:
     axes.grid(axis="y")
 
 
-def stages(times: Mapping[str, float], told: Callable[[float], str], figure: Any) -> None:
-    """A bar for the seconds of each stage, with `told` of them beside it."""
+def stages(times: Mapping[str, float], as_text: Callable[[float], str], figure: Any) -> None:
+    """A bar for the seconds of each stage, with `as_text` of them beside it."""
     axes = figure.subplots()
     longest = max(times.values()) or 1.0
     axes.barh(list(times), list(times.values()), 0.6, color=PALETTE["base"])
     for key, value in times.items():
-        axes.text(value + 0.02 * longest, key, told(value), va="center")
+        axes.text(value + 0.02 * longest, key, as_text(value), va="center")
     axes.set(xlim=(0, 1.3 * longest), xticks=[])
     axes.invert_yaxis()
     axes.spines[:].set_visible(False)

@@ -24,7 +24,7 @@ from ..files import InputError, read_json, write_json
 from ..measures import PICTURE, prediction_interval
 
 FILE = Path(__file__).with_name("normal.json")
-PARTS = 5  # of a curve: in each a run's mean is compared with all that was logged in it
+SECTIONS = 5  # of a curve: in each a run's mean is compared with all that was logged in it
 CURVES = ("reward mse", "reward classification", "finetune model_loss", "finetune pretrain_loss",
           "finetune gradient_norm")  # fmt: skip
 CHANGES = ("simulated annotator", "reward", "diversity", *PICTURE)  # from the base to the fine-tuned model
@@ -33,24 +33,24 @@ CHANGES = ("simulated annotator", "reward", "diversity", *PICTURE)  # from the b
 # ------------------------------------------------------------------------------------------------ what a run has left
 def read_curves(path: Path) -> dict[str, np.ndarray]:
     """Curves of metrics.jsonl, "stage key" -> (N,2) of steps and values; a step that was logged again counts once."""
-    found: dict[str, dict[int, float]] = {}
+    curves: dict[str, dict[int, float]] = {}
     for row in read_metrics(path) if path.exists() else []:
         for key in row.keys() - {"stage", "step"}:
             if row[key] is not None:
-                found.setdefault(f"{row['stage']} {key}", {})[row["step"]] = row[key]
-    return {name: np.array(sorted(values.items()), dtype=float).reshape(-1, 2) for name, values in found.items()}
+                curves.setdefault(f"{row['stage']} {key}", {})[row["step"]] = row[key]
+    return {name: np.array(sorted(values.items()), dtype=float).reshape(-1, 2) for name, values in curves.items()}
 
 
 def read_changes(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What changed from base to fine-tuned model, of CHANGES: "gain", and "gain_ci95" where there is one."""
     base, tuned = [*(evaluation.get("models") or {}), "", ""][:2]
     judged, picture = evaluation.get("judged") or {}, evaluation.get("picture") or {}
-    found = {name: (table.get(tuned) or {}).get("overall") or {} for name, table in judged.items()}
-    found |= {name: table.get(tuned) or {} for name, table in picture.items()}
+    entries = {name: (table.get(tuned) or {}).get("overall") or {} for name, table in judged.items()}
+    entries |= {name: table.get(tuned) or {} for name, table in picture.items()}
     before, after = ((evaluation.get("diversity") or {}).get(model) for model in (base, tuned))
     if before is not None and after is not None:
-        found["diversity"] = {"gain": after - before}
-    return {name: found[name] for name in CHANGES if found.get(name, {}).get("gain") is not None}
+        entries["diversity"] = {"gain": after - before}
+    return {name: entries[name] for name in CHANGES if entries.get(name, {}).get("gain") is not None}
 
 
 def belongs_to(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,37 +60,37 @@ def belongs_to(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[s
 
 
 # ------------------------------------------------------------------------------------------------------------ the band
-def in_parts(points: np.ndarray, steps: float) -> list[np.ndarray]:
-    """The values of a curve (N,2) in each of PARTS equal parts of its steps, 1 to `steps`."""
-    part = np.ceil(points[:, 0] * PARTS / steps).clip(1, PARTS) - 1
-    return [points[part == i, 1] for i in range(PARTS)]
+def in_sections(points: np.ndarray, steps: float) -> list[np.ndarray]:
+    """The values of a curve (N,2) in each of SECTIONS equal sections of its steps, 1 to `steps`."""
+    section = np.ceil(points[:, 0] * SECTIONS / steps).clip(1, SECTIONS) - 1
+    return [points[section == i, 1] for i in range(SECTIONS)]
 
 
 def make_band(runs: Sequence[Path]) -> dict[str, Any]:
     """The content of normal.json from finished runs; InputError unless they differ in their seed, and in it alone."""
-    found = [_read_run(run) for run in runs]
-    for run, one in zip(runs[1:], found[1:]):
-        if one["belongs to"] != found[0]["belongs to"]:
+    contents = [_read_run(run) for run in runs]
+    for run, one in zip(runs[1:], contents[1:]):
+        if one["belongs to"] != contents[0]["belongs to"]:
             raise InputError(f"{run}: has another model or other settings than {runs[0]}; accepted: another seed alone")
-    seeds = [one["seed"] for one in found]
+    seeds = [one["seed"] for one in contents]
     if len(set(seeds)) < max(2, len(runs)):
         raise InputError(f"runs of seeds {', '.join(map(str, seeds))}; accepted: two runs or more, each with its own")
     curves: dict[str, Any] = {}
     for name in CURVES:
-        if all(name in one["curves"] for one in found):
-            steps = max(one["curves"][name][-1, 0] for one in found)
-            split = zip(*(in_parts(one["curves"][name], steps) for one in found))
-            parts = [np.concatenate(part) for part in split]
-            ends = [(part.min(), part.max()) for part in parts]
+        if all(name in one["curves"] for one in contents):
+            steps = max(one["curves"][name][-1, 0] for one in contents)
+            split = zip(*(in_sections(one["curves"][name], steps) for one in contents))
+            sections = [np.concatenate(section) for section in split]
+            ends = [(section.min(), section.max()) for section in sections]
             low = [_short(end - abs(end) / 2000) for end, _ in ends]  # so that rounding leaves no value outside
             high = [_short(end + abs(end) / 2000) for _, end in ends]
             curves[name] = {"steps": int(steps), "low": low, "high": high}
     changes = {
-        name: [_short(one["changes"][name]["gain"]) for one in found]
+        name: [_short(one["changes"][name]["gain"]) for one in contents]
         for name in CHANGES
-        if all(name in one["changes"] for one in found)
+        if all(name in one["changes"] for one in contents)
     }
-    return {"minialign": __version__, "seeds": seeds, **found[0]["belongs to"], "curves": curves, "changes": changes}
+    return {"minialign": __version__, "seeds": seeds, **contents[0]["belongs to"], "curves": curves, "changes": changes}
 
 
 def _read_run(run: Path) -> dict[str, Any]:
@@ -98,8 +98,8 @@ def _read_run(run: Path) -> dict[str, Any]:
     if "evaluation" not in results:
         raise InputError(f"{run}: no finished run; accepted: a folder of python -m minialign.finetune")
     curves = read_curves(run / "metrics.jsonl")
-    if any(len(curves[name]) < PARTS for name in CURVES if name in curves):
-        raise InputError(f"{run}: curves of fewer than {PARTS} logged steps; accepted: longer runs")
+    if any(len(curves[name]) < SECTIONS for name in CURVES if name in curves):
+        raise InputError(f"{run}: curves of fewer than {SECTIONS} logged steps; accepted: longer runs")
     settings = results["settings"]
     return {
         "seed": settings["seed"],
@@ -130,20 +130,20 @@ def unlike(band: Mapping[str, Any], config: Mapping[str, Any], settings: Mapping
 def leaves(points: np.ndarray, band: Mapping[str, Any]) -> list[tuple[int, int, str]]:
     """Where a curve (N,2) leaves its band: (first step, last step, "above" or "below").
 
-    It does in the parts where its mean is above all that other seeds logged there, or below: single values scatter, and
-    of few seeds one in two would lie outside.
+    It does in the sections where its mean is above all that other seeds logged there, or below: single values scatter,
+    and of few seeds one in two would lie outside.
     """
-    found: list[tuple[int, int, str]] = []
-    for i, values in enumerate(in_parts(points, band["steps"])):
+    stretches: list[tuple[int, int, str]] = []
+    for i, values in enumerate(in_sections(points, band["steps"])):
         above, below = len(values) and values.mean() > band["high"][i], len(values) and values.mean() < band["low"][i]
         if not above and not below:
             continue
-        first, last = (round(edge * band["steps"] / PARTS) for edge in (i, i + 1))
+        first, last = (round(edge * band["steps"] / SECTIONS) for edge in (i, i + 1))
         side = "above" if above else "below"
-        if found and found[-1][1:] == (first, side):
-            first = found.pop()[0]
-        found.append((first, last, side))
-    return found
+        if stretches and stretches[-1][1:] == (first, side):
+            first = stretches.pop()[0]
+        stretches.append((first, last, side))
+    return stretches
 
 
 def is_unusual(change: Mapping[str, Any], seeds: Sequence[float]) -> bool:

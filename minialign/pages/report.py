@@ -39,7 +39,7 @@ from .cards import (
     twice_as_many,
 )
 
-TOLD = {"new combinations": "new combination", "new objects": "new object", "unseen": "unseen prompt"}  # of one prompt
+SINGULAR = {"new combinations": "new combination", "new objects": "new object", "unseen": "unseen prompt"}
 MARKS = {"good": "✓ good", "bad": "✗ bad", "skip": "– skip"}  # a sign and a word: color alone would not do
 SHOWN, LARGEST = 6, 256  # pairs of a category before the fold; pixels of the longer side of a picture in the page
 FLAG = "<code>--test-images</code>"
@@ -180,7 +180,7 @@ def _opening(results: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
     labels, images = counts.get("labels"), counts.get("images")
     who = " by a simulated annotator" if "simulated" in judge else ""
     weighting = (results.get("settings") or {}).get("weighting", "reward")
-    how = "its reward" if weighting == "reward" else f"a function of its reward ({escape(str(weighting))})"
+    weight = "its reward" if weighting == "reward" else f"a function of its reward ({escape(str(weighting))})"
     scored, reward = f"{images:,}" if images else "all", results.get("reward") or {}
     title, source = (
         f"fine-tuned on {f'{labels:,} ' if labels else ''}labels{who}",
@@ -188,14 +188,14 @@ def _opening(results: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
     )
     if "terms" in reward:
         title, source = "fine-tuned by a given reward", f"A given reward, {escape(reward_words(reward))},"
-    parts = [
+    blocks = [
         f"<h1>A text-to-image model, {title}</h1>",
         f"<p>{source}{'' if 'terms' in reward else ' and'} scored {scored} images. The model "
-        f"was then fine-tuned on these images, each weighted by {how}, after Lee et al. 2023.</p>",
+        f"was then fine-tuned on these images, each weighted by {weight}, after Lee et al. 2023.</p>",
         _headline(evaluation, judge),
     ]
     said = _who_judged(judge)
-    return "\n".join([*parts, f'<p class="note">{said}</p>' if said else ""])
+    return "\n".join([*blocks, f'<p class="note">{said}</p>' if said else ""])
 
 
 def _who_judged(judge: str) -> str:
@@ -216,17 +216,17 @@ def _headline(evaluation: Mapping[str, Any], judge: str) -> str:
     values = [entry["value"] for entry in entries if entry.get("value") is not None]
     if len(values) < 2:
         return ""
-    (before, after), percent, judged = values, is_fraction(judge), entries[1].get("n") or 0
+    (before, after), percent, number = values, is_fraction(judge), entries[1].get("n") or 0
     what = "Images that show what their prompt asks for" if "simulated" in judge else _capital(judged_by(judge))
     gain, ends = entries[1].get("gain", after - before), entries[1].get("gain_ci95")
     sure = f"95&nbsp;% interval {_minus(interval(ends, percent, signed=True))}" + f": {significance(ends)}" * bool(ends)
     lines = [
         f'<p class="headline">{_number(before, percent)} <span>→</span> <b>{_number(after, percent)}</b></p>',
-        f"<p>{escape(what)}, {judged:,}{'' if percent else ' images'} of each model judged: "
+        f"<p>{escape(what)}, {number:,}{'' if percent else ' images'} of each model judged: "
         f"<strong>{_minus(difference(gain, percent))}{' points' * percent}</strong> ({sure}).</p>",
     ]
-    if judged < FEW:
-        few = f"Only {judged:,} images of each model were judged" if judged > 1 else "Only one image was judged"
+    if number < FEW:
+        few = f"Only {number:,} images of each model were judged" if number > 1 else "Only one image was judged"
         lines.append(f"<p><strong>{few}</strong>: too few for a firm conclusion ({FLAG} sets the number).</p>")
     return "\n".join(lines)
 
@@ -250,8 +250,8 @@ def _pairs(run: Path, evaluation: Mapping[str, Any]) -> str:
             cells += f"<div>{_picture(place, f'{name}: {prompt}')}{name}{mark}</div>"
         category = next((group for group in groups if group in CATEGORIES), "")
         others = [group for group in groups if group != category]
-        told = ", ".join(TOLD.get(group, group) for group in others if group != "seen")
-        caption = f"<b>{prompt}</b>" + (f" <i>{escape(told)}</i>" if told else "")
+        names = ", ".join(SINGULAR.get(group, group) for group in others if group != "seen")
+        caption = f"<b>{prompt}</b>" + (f" <i>{escape(names)}</i>" if names else "")
         pair = f'<figure><div class="two">{cells}</div><figcaption>{caption}</figcaption></figure>'
         kinds.setdefault(category, {}).setdefault(str(others), []).append(pair)
     body = "".join(_folded(category, splits) for category, splits in kinds.items())
@@ -309,15 +309,15 @@ def _usual(evaluation: Mapping[str, Any], band: Mapping[str, Any], unlike: str) 
     """Whether changes are those of normal runs, and a warning of images that changed more than in any of these."""
     changes = {key: one for key, one in normal.read_changes(evaluation).items() if key in band.get("changes", {})}
 
-    def told(names: Iterable[str]) -> str:
-        parts = []
+    def listed(names: Iterable[str]) -> str:
+        texts = []
         for name in names:
-            seeds, judged = band["changes"][name], name in evaluation["judged"]
-            numbers = (difference(x, judged and is_fraction(name)) for x in (changes[name]["gain"], *seeds))
+            seeds, by_judge = band["changes"][name], name in evaluation["judged"]
+            numbers = (difference(x, by_judge and is_fraction(name)) for x in (changes[name]["gain"], *seeds))
             gain, *others = map(_minus, numbers)
-            title = judged_by(name) if judged else name
-            parts.append(f"{escape(title)} {gain} (in those runs {', '.join(others)})")
-        return "; ".join(parts)
+            title = judged_by(name) if by_judge else name
+            texts.append(f"{escape(title)} {gain} (in those runs {', '.join(others)})")
+        return "; ".join(texts)
 
     unusual = [name for name, one in changes.items() if normal.is_unusual(one, band["changes"][name])]
     alarming = [
@@ -326,11 +326,11 @@ def _usual(evaluation: Mapping[str, Any], band: Mapping[str, Any], unlike: str) 
     said, runs = "", _default_runs(band)
     if changes and not unlike:
         said = f"<p>Compared with {runs}, this run’s changes are "
-        said += f"unusual: {told(unusual)}.</p>" if unusual else "usual.</p>"
+        said += f"unusual: {listed(unusual)}.</p>" if unusual else "usual.</p>"
     if alarming:
         whose = " (another model or other settings, so a rough measure)" if unlike else ""
         said += f"""<p class="note"><strong>Warning</strong>: the images changed more than in any of {runs}{whose}:
-{told(alarming)}. {HACKING}</p>"""
+{listed(alarming)}. {HACKING}</p>"""
     return said
 
 
@@ -374,7 +374,7 @@ def _cells(entries: Sequence[Mapping[str, Any]], percent: bool) -> list[str]:
 
 
 def _changes(evaluation: Mapping[str, Any]) -> str:
-    """A table of all that an evaluation measured of its models as a whole."""
+    """A table of all that an evaluation measured of all images of its models."""
     models, judge, rows = list(evaluation.get("models") or {}), str(evaluation.get("judge") or ""), []
     for name in sorted(evaluation.get("judged") or {}, key=lambda name: name != judge):
         table = evaluation["judged"][name]
@@ -384,17 +384,18 @@ def _changes(evaluation: Mapping[str, Any]) -> str:
             rows.append((_capital(judged_by(name)) + aim, *_cells(entries, is_fraction(name))))
     truth = evaluation.get("reference") or "good images"
     for key, (title, meaning, percent) in COSTS.items():
-        found = evaluation.get(key) or {}
-        if any(found.get(model) is not None for model in models):
-            entries = [{"value": found.get(model)} for model in models]
+        numbers = evaluation.get(key) or {}
+        if any(numbers.get(model) is not None for model in models):
+            entries = [{"value": numbers.get(model)} for model in models]
             first = entries[0]["value"]
             for entry in entries[1:] if first is not None else ():
                 entry["gain"] = None if entry["value"] is None else entry["value"] - first
             cells = _cells(entries, percent)
             rows.append((f"{title}\n{meaning.format(truth)}", *(cell.partition("\n")[0] for cell in cells)))
     for name, meaning in PICTURE.items():
-        if found := (evaluation.get("picture") or {}).get(name):
-            rows.append((f"{_capital(name)}\n{meaning}", *_cells([found.get(model) or {} for model in models], False)))
+        if numbers := (evaluation.get("picture") or {}).get(name):
+            cells = _cells([numbers.get(model) or {} for model in models], False)
+            rows.append((f"{_capital(name)}\n{meaning}", *cells))
     header = ["", *models[:1]]
     for model in models[1:]:
         header += [model, "difference" if len(models) == 2 else f"over {models[0]}"]
@@ -404,8 +405,8 @@ def _changes(evaluation: Mapping[str, Any]) -> str:
 def _comparisons(comparisons: Mapping[str, Mapping[str, Any]]) -> str:
     """The same table of each further comparison, under its models and its name in results.json."""
     tables = [
-        f"<h3>{escape(' and '.join(found.get('models') or ()))} <small>{escape(name)}</small></h3>{_changes(found)}"
-        for name, found in comparisons.items()
+        f"<h3>{escape(' and '.join(one.get('models') or ()))} <small>{escape(name)}</small></h3>{_changes(one)}"
+        for name, one in comparisons.items()
     ]
     return f"<h2>Further comparisons</h2>{''.join(tables)}" if tables else ""
 
@@ -414,20 +415,20 @@ def _comparisons(comparisons: Mapping[str, Mapping[str, Any]]) -> str:
 def _reward(reward: Mapping[str, Any]) -> str:
     """How well the reward model predicts labels that it did not learn from, of known prompts and of new ones."""
     measured, held_out = reward.get("measured") or {}, reward.get("held_out") or {}
-    splits = list(dict.fromkeys(split for found in measured.values() for split in found))
+    splits = list(dict.fromkeys(split for quality in measured.values() for split in quality))
     own = measured.get("given") or measured.get("auxiliary") or measured.get("comparisons") or {}
     charts = [_calibration(split, (own.get(split) or {}).get("calibration") or []) for split in splits]
 
-    def row(title: str, found: Mapping[str, Any], key: str, percent: bool = False, digits: int = 3) -> tuple[str, ...]:
-        values = ((found.get(split) or {}).get(key) for split in splits)
+    def row(title: str, one: Mapping[str, Any], key: str, percent: bool = False, digits: int = 3) -> tuple[str, ...]:
+        values = ((one.get(split) or {}).get(key) for split in splits)
         return title, *(_number(value, percent, digits) for value in values)
 
     rows = []
     for key, (title, meaning, percent) in REWARD.items():
         rows.append(row(f"{title}\n{meaning}", own, key, percent))
         if key == "auc":
-            others = [(name, found) for name, found in measured.items() if found is not own]
-            rows += [row(f"{title}, {REWARD_MODELS.get(name, name)}", found, key) for name, found in others]
+            others = [(name, quality) for name, quality in measured.items() if quality is not own]
+            rows += [row(f"{title}, {REWARD_MODELS.get(name, name)}", quality, key) for name, quality in others]
     rows.append(row("Labelled good", held_out, "good_fraction", percent=True))
     rows += [row("Held-out labels", held_out, "labels", digits=0), row("Their prompts", held_out, "prompts", digits=0)]
     rows += [row("Held-out comparisons", held_out, "comparisons", digits=0)]
@@ -450,7 +451,7 @@ def _by_labels(curve: Mapping[str, Any]) -> str:
             ends = curve[key]["ci95"][i]
             cells.append(_number(curve[key]["value"][i], percent) + (f"\n{interval(ends, percent)}" if ends else ""))
         rows.append(cells)
-    note = f""": AUC on prompts that are held out whole, mean of {curve["splits"]} random splits, 95&nbsp;% intervals.
+    note = f""": AUC on held-out prompts, mean of {curve["splits"]} random splits, 95&nbsp;% intervals.
 {escape(_minus(twice_as_many(curve)))}"""
     table = _table(("labels", "AUC", "accuracy", "pairs ranked right"), rows)
     return _figure("How many labels", note, table, partial(figures.by_labels, curve), (4.3, 2.6))
@@ -485,7 +486,7 @@ def _training(path: Path, band: Mapping[str, Any], unlike: str) -> str:
         points = curves.get(name, np.empty((0, 2)))
         if not len(points):
             continue
-        rows = [part.mean(0) for part in np.array_split(points, min(8, len(points)))]
+        rows = [chunk.mean(0) for chunk in np.array_split(points, min(8, len(points)))]
         table = _table(("step", "mean"), [(f"{step:,.0f}", f"{value:.4g}") for step, value in rows])
         length = figures.window(len(points)) if name != "finetune learning_rate" else 1  # which has no noise
         steps = length * (points[-1, 0] - points[0, 0]) / max(1, len(points) - 1)
@@ -565,8 +566,8 @@ def _keys(names: Mapping[str, str]) -> str:
     return "".join(f'<span class="key {kind}">{escape(name)}</span>' for kind, name in names.items())
 
 
-def _section(title: str, parts: Sequence[str]) -> str:
-    return f'<h2>{title}</h2><div class="charts">{"".join(parts)}</div>' if any(parts) else ""
+def _section(title: str, charts: Sequence[str]) -> str:
+    return f'<h2>{title}</h2><div class="charts">{"".join(charts)}</div>' if any(charts) else ""
 
 
 def _table(header: Iterable[str], rows: Sequence[Iterable[str]]) -> str:

@@ -112,8 +112,8 @@ def title(metric: str) -> str:
 
 def values(results: Results, rows: Sequence[Row], metric: str, seeds: Sequence[int]) -> Tensor:
     """A metric (R,S) of rows and seeds, float64; no number where a cell has none."""
-    found = [[results[row.cell, seed].get(metric) for seed in seeds] for row in rows]
-    numbers = [[math.nan if value is None else value for value in one] for one in found]
+    by_row = [[results[row.cell, seed].get(metric) for seed in seeds] for row in rows]
+    numbers = [[math.nan if value is None else value for value in one] for one in by_row]
     return torch.tensor(numbers, dtype=torch.float64)
 
 
@@ -134,18 +134,18 @@ def compared(numbers: Tensor, rows: Sequence[Row], reference: int) -> list[Contr
     return contrasts(numbers, reference, [i for i, row in enumerate(rows) if row.apart])
 
 
-def table(question: Question, found: Results, seeds: Sequence[int]) -> str:
+def table(question: Question, results: Results, seeds: Sequence[int]) -> str:
     """Means over the seeds and, but for the reference, the intervals of their differences from it, in Markdown.
 
     Bold are differences that are significant at 5 % when their p values are corrected for all of the table's.
     """
     rows, reference = question.rows, question.reference
-    numbers = [values(found, rows, metric, seeds) for metric in question.metrics]
-    differences = [compared(part, rows, reference) for part in numbers]
+    numbers = [values(results, rows, metric, seeds) for metric in question.metrics]
+    differences = [compared(metric_values, rows, reference) for metric_values in numbers]
     places = [(k, i) for k in range(len(numbers)) for i in range(len(rows)) if i != reference]
     places = [(k, i) for k, i in places if not math.isnan(differences[k][i].low)]
     bold = {place for place, p in zip(places, holm([differences[k][i].p for k, i in places])) if p < 0.05}
-    images = found[rows[reference].cell, seeds[0]].get("fidelity images")
+    images = results[rows[reference].cell, seeds[0]].get("fidelity images")
     heads = [f"{title(one)} ({images:,} images)" if one == "fidelity" else title(one) for one in question.metrics]
     lines = ["|  | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
     for i, row in enumerate(rows):
@@ -170,9 +170,9 @@ def width(question: Question, differences: Sequence[Sequence[Contrast]]) -> str:
     return f" Half-width of the intervals of differences in alignment: {half:.1f} points (goal: {100 * GOAL:.0f})."
 
 
-def block(name: str, question: Question, found: Results, seeds: Sequence[int]) -> str:
+def block(name: str, question: Question, results: Results, seeds: Sequence[int]) -> str:
     """The table and the picture of a question, in Markdown."""
-    return f"{table(question, found, seeds)}\n\n![{question.title}](study-{name}.png)"
+    return f"{table(question, results, seeds)}\n\n![{question.title}](study-{name}.png)"
 
 
 # ------------------------------------------------------------------------------------------------- the paper's findings
@@ -184,29 +184,29 @@ def mean_of(numbers: Tensor) -> Contrast:
 
 
 def verdict(finding: Finding, one: Contrast, p: float) -> str:
-    """The rule: "reproduces" or "does not" where the data tell it, else "cannot be told".
+    """The rule: "reproduces" or "does not" where the data show it, else "inconclusive".
 
     A difference reproduces where its corrected p value is below 5 % and its sign is the paper's, and does not where the
     sign is the other one. No difference reproduces where the interval lies within the margin, and does not where it
     lies outside of it.
     """
     if math.isnan(one.difference):
-        return "cannot be told"
+        return "inconclusive"
     if finding.expected:
         if p >= 0.05:
-            return "cannot be told"
+            return "inconclusive"
         return "reproduces" if one.difference * finding.expected > 0 else "does not"
     if -finding.margin < one.low and one.high < finding.margin:
         return "reproduces"
-    return "does not" if one.low > finding.margin or one.high < -finding.margin else "cannot be told"
+    return "does not" if one.low > finding.margin or one.high < -finding.margin else "inconclusive"
 
 
 def judged_findings(
-    findings: Sequence[Finding], found: Results, seeds: Sequence[int]
+    findings: Sequence[Finding], results: Results, seeds: Sequence[int]
 ) -> list[tuple[Finding, Contrast, str]]:
     """Each finding with its difference here and the verdict; p values are corrected for all findings with a sign."""
     sides = [
-        [values(found, [Row("", cell)], metric, seeds)[0] for cell, metric in (finding.one, finding.other)]
+        [values(results, [Row("", cell)], metric, seeds)[0] for cell, metric in (finding.one, finding.other)]
         for finding in findings
     ]
     ours = [mean_of(one - other) for one, other in sides]
@@ -218,10 +218,10 @@ def judged_findings(
     ]
 
 
-def findings_block(findings: Sequence[Finding], found: Results, seeds: Sequence[int]) -> str:
+def findings_block(findings: Sequence[Finding], results: Results, seeds: Sequence[int]) -> str:
     """The paper's findings beside ours, and a verdict on each, in Markdown."""
     lines = ["| the paper |  | here: difference | verdict |", "| --- | --- | --- | --- |"]
-    for finding, one, said in judged_findings(findings, found, seeds):
+    for finding, one, said in judged_findings(findings, results, seeds):
         metric = finding.one[1]
         mean, low, high = (formatted(x, metric, True) for x in one[:3])
         unit = " points" if kind(metric).digits == 0 else ""
@@ -230,22 +230,22 @@ def findings_block(findings: Sequence[Finding], found: Results, seeds: Sequence[
     return "\n".join(lines) + f"\n\nCorrected for {signed} comparisons (Holm)."
 
 
-def sets_block(matches: Sequence[Match], raters: Mapping[str, str], found: Results, seeds: Sequence[int]) -> str:
+def sets_block(matches: Sequence[Match], raters: Mapping[str, str], results: Results, seeds: Sequence[int]) -> str:
     """Won, tied and lost prompts of each match of sets, by kind and rater, in Markdown."""
-    prompts = found["sets", seeds[0]]["set prompts"]
+    prompts = results["sets", seeds[0]]["set prompts"]
     lines = [f"| of {prompts} prompts a seed |  | rater | won | tied | lost | the paper: won to lost |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
     for match in matches:
         for what in ("alignment", "fidelity"):
             for rater, words in raters.items():
-                means = [_mean_outcome(found, seeds, match, what, rater, end) for end in ("won", "tied", "lost")]
+                means = [_mean_outcome(results, seeds, match, what, rater, end) for end in ("won", "tied", "lost")]
                 cells = " | ".join(f"{100 * mean:.1f} %" for mean in means)
                 lines.append(f"| {match.title} | {what} | {words} | {cells} | {getattr(match, what)} |")
     return "\n".join([*lines, "", "![Sets of images](study-sets.png)"])
 
 
-def _mean_outcome(found: Results, seeds: Sequence[int], match: Match, what: str, rater: str, end: str) -> float:
-    return float(values(found, [Row("", "sets")], f"{match.key}; {what}; {rater}; {end}", seeds).mean())
+def _mean_outcome(results: Results, seeds: Sequence[int], match: Match, what: str, rater: str, end: str) -> float:
+    return float(values(results, [Row("", "sets")], f"{match.key}; {what}; {rater}; {end}", seeds).mean())
 
 
 Judged = dict[str, dict[str, Any]]  # what a judge says of one model: group of prompts -> "value", "gain", ...
@@ -276,8 +276,8 @@ def categories_block(jobs: Sequence[dict[str, Any]]) -> str:
     groups, sides = categories(jobs)
     rows = [(f"aligned, {group}", torch.stack(both), "aligned") for group, both in zip(groups, sides)]
     for metric, key in OF_IMAGES.items():
-        found = [list(job["evaluation"][key].values())[:2] for job in jobs]
-        numbers = [[math.nan if value is None else value for value in both] for both in found]
+        by_job = [list(job["evaluation"][key].values())[:2] for job in jobs]
+        numbers = [[math.nan if value is None else value for value in both] for both in by_job]
         rows.append((title(metric), torch.tensor(numbers).double().T, metric))
     rewards = [[side["overall"]["value"] for side in _sides(job, "reward")] for job in jobs]
     rows.append(("reward ↑", torch.tensor(rewards).double().T, "reward"))
@@ -315,9 +315,9 @@ def own_intervals(values: Tensor, metric: str, apart: Sequence[int] = ()) -> lis
     return ends
 
 
-def _means(rows: Sequence[Row], metric: str, found: Results, seeds: Sequence[int]) -> tuple[list[float], list[Ends]]:
+def _means(rows: Sequence[Row], metric: str, results: Results, seeds: Sequence[int]) -> tuple[list[float], list[Ends]]:
     """The rows' means and their own intervals."""
-    numbers = values(found, rows, metric, seeds)
+    numbers = values(results, rows, metric, seeds)
     return numbers.mean(1).tolist(), own_intervals(numbers, metric, [i for i, row in enumerate(rows) if row.apart])
 
 
@@ -355,17 +355,17 @@ def plot_categories(path: Path, jobs: Sequence[dict[str, Any]]) -> None:
     save(figure, path)
 
 
-def plot(path: Path, question: Question, found: Results, seeds: Sequence[int]) -> None:
+def plot(path: Path, question: Question, results: Results, seeds: Sequence[int]) -> None:
     """A panel for each metric: means with their own intervals over an axis, or a line for each row."""
-    (_plot_over_axis if question.axis else _plot_rows)(path, question, found, seeds)
+    (_plot_over_axis if question.axis else _plot_rows)(path, question, results, seeds)
 
 
-def _plot_rows(path: Path, question: Question, found: Results, seeds: Sequence[int]) -> None:
+def _plot_rows(path: Path, question: Question, results: Results, seeds: Sequence[int]) -> None:
     rows, reference = list(question.rows), question.rows[question.reference]
     columns = min(3, len(question.panels))
     figure, axes_of = panels(len(question.panels), columns, 0.9 + 0.3 * len(rows))
     for i, (axes, metric) in enumerate(zip(axes_of, question.panels)):
-        means, ends = _means(rows, metric, found, seeds)
+        means, ends = _means(rows, metric, results, seeds)
         axes.axvline(means[question.reference], color="0.8", linewidth=1, zorder=0)
         placed = [(row, mean, span, -k) for k, (row, mean, span) in enumerate(zip(rows, means, ends))]
         for row, mean, span, y in _within(axes, placed, metric):
@@ -380,12 +380,12 @@ def _plot_rows(path: Path, question: Question, found: Results, seeds: Sequence[i
     save(figure, path)
 
 
-def _plot_over_axis(path: Path, question: Question, found: Results, seeds: Sequence[int]) -> None:
+def _plot_over_axis(path: Path, question: Question, results: Results, seeds: Sequence[int]) -> None:
     number = len(question.panels)
     figure, axes_of = panels(number, min(3, number), 2.9)
     rows = list(question.rows)
     for axes, metric in zip(axes_of, question.panels):
-        means, ends = _means(rows, metric, found, seeds)
+        means, ends = _means(rows, metric, results, seeds)
         ticks = sorted({row.x for row in rows if row.x is not None})
         for row, mean in zip(rows, means):
             if row.x is None and not math.isnan(mean):
@@ -394,7 +394,7 @@ def _plot_over_axis(path: Path, question: Question, found: Results, seeds: Seque
         names = []
         for k, series in enumerate(dict.fromkeys(row.series for row in rows if row.x is not None)):
             same = [i for i, row in enumerate(rows) if row.x is not None and row.series == series]
-            places = [ticks.index(rows[i].x or 0) + 0.12 * k for i in same]  # side by side: bars can be told apart
+            places = [ticks.index(rows[i].x or 0) + 0.12 * k for i in same]  # side by side: bars do not overlap
             bars = np.concatenate([_bars(means[i], ends[i]) for i in same], 1)
             axes.errorbar(places, [means[i] for i in same], bars, marker="os^D"[k % 4], markersize=4.5, linewidth=1.2,
                           elinewidth=1, color=COLORS[k])  # fmt: skip
@@ -430,14 +430,14 @@ def _within(axes: Any, placed: Sequence[Placed], metric: str) -> list[Placed]:
     return [one for one in placed if low <= one[1] <= high]
 
 
-def plot_trade_off(path: Path, question: Question, found: Results, seeds: Sequence[int]) -> None:
+def plot_trade_off(path: Path, question: Question, results: Results, seeds: Sequence[int]) -> None:
     """Alignment against the panel's metric, a point for each row with its name beside it, joined in their order."""
     from matplotlib.patheffects import withStroke
 
     figure, (axes,) = panels(1, 1, 4.2)
     rows, metric = list(question.rows), question.panels[0]
-    aligned, y_ends = _means(rows, "aligned", found, seeds)
-    other, x_ends = _means(rows, metric, found, seeds)
+    aligned, y_ends = _means(rows, "aligned", results, seeds)
+    other, x_ends = _means(rows, metric, results, seeds)
     axes.plot(other, aligned, color=GREY, linewidth=1, alpha=0.4, zorder=1)
     for i, row in enumerate(rows):
         color, place = GREY if row.apart else COLORS[0], (other[i], aligned[i])
@@ -455,20 +455,20 @@ def plot_trade_off(path: Path, question: Question, found: Results, seeds: Sequen
     save(figure, path)
 
 
-def plot_sets(path: Path, matches: Sequence[Match], rater: str, found: Results, seeds: Sequence[int]) -> None:
-    """A bar for each match and kind: the fractions of prompts that were won, tied and lost, each named in its part."""
+def plot_sets(path: Path, matches: Sequence[Match], rater: str, results: Results, seeds: Sequence[int]) -> None:
+    """A bar for each match and kind: the fractions of prompts that were won, tied and lost, each named in its bar."""
     places = [(match, what) for match in matches for what in ("alignment", "fidelity")]
     figure, (axes,) = panels(1, 1, 0.8 + 0.55 * len(places))
     for k, (match, what) in enumerate(places):
         left, y = 0.0, -k - 0.4 * (k // 2)
         for end, color, ink in (("won", COLORS[0], "white"), ("tied", "0.85", "black"), ("lost", COLORS[1], "white")):
-            part = _mean_outcome(found, seeds, match, what, rater, end)
-            axes.barh(y, part, 0.7, left, color=color)
-            if part >= 0.09:
+            share = _mean_outcome(results, seeds, match, what, rater, end)
+            axes.barh(y, share, 0.7, left, color=color)
+            if share >= 0.09:
                 axes.text(
-                    left + part / 2, y, f"{end} {100 * part:.0f} %", ha="center", va="center", color=ink, fontsize=9
+                    left + share / 2, y, f"{end} {100 * share:.0f} %", ha="center", va="center", color=ink, fontsize=9
                 )
-            left += part
+            left += share
     heights = [-k - 0.4 * (k // 2) for k in range(len(places))]
     axes.set_yticks(heights, [textwrap.fill(f"{what}: {match.title}", 42) for match, what in places])
     axes.set(xlim=(0, 1))

@@ -23,7 +23,7 @@ from .curve import learning_curve
 from .given import LEARNED, MODEL, Rewards, check_terms, load_reward, read_terms, score_images, scorer
 from .labels import (
     LEARN,
-    PARTS,
+    SUBSETS,
     Compared,
     Labelled,
     Split,
@@ -85,21 +85,21 @@ def counted(
     """Numbers of labels and comparisons, and of those held out; prompts: what tells the prompts of rows apart."""
     good = [label > 0.5 for label in labels.values()]
     held_out: dict[str, dict[str, Any]] = {}
-    for part, rows in zip(PARTS, split[1:]):
-        pairs = compared.get(part, [])
+    for subset, rows in zip(SUBSETS, split[1:]):
+        pairs = compared.get(subset, [])
         if rows or pairs:
-            held_out[part] = {
+            held_out[subset] = {
                 "labels": len(rows),
                 "prompts": len({prompts[i] for i in {*rows, *(i for pair in pairs for i in pair[:2])}}),
                 "good_fraction": sum(labels[i] > 0.5 for i in rows) / len(rows) if rows else None,
             } | ({"comparisons": len(pairs)} if pairs else {})
-    found = {
+    counts = {
         "labels": len(good),
         "good_fraction": sum(good) / len(good) if good else None,
         "held_out": held_out,
         "settings": {setting.name: settings[setting.name] for setting in of_stage("reward")},
     }
-    return found | ({"comparisons": sum(map(len, compared.values()))} if compared else {})
+    return counts | ({"comparisons": sum(map(len, compared.values()))} if compared else {})
 
 
 def train(
@@ -120,30 +120,30 @@ def train(
 
 
 def judge_rewards(data: Labelled, models: dict[str, RewardModel]) -> dict[str, dict[str, Any]]:
-    """`measure` of each model, and of the raw CLIP score, on the held-out labels by PARTS; `ranked_right` of pairs.
+    """`measure` of each model, and of the raw CLIP score, on the held-out labels by SUBSETS; `ranked_right` of pairs.
 
     A logistic regression on the labels that were not held out brings the CLIP score to [0,1].
     """
-    found: dict[str, dict[str, Any]] = {name: {} for name in (*models, "clip")}
+    measured: dict[str, dict[str, Any]] = {name: {} for name in (*models, "clip")}
     fitted = data.pairs(data.split.learn)
     cosine = torch.cosine_similarity(data.images[fitted.image], data.texts[fitted.prompts[:, 0]])
     a, b = platt(cosine, fitted.label) if data.held_out else (1.0, 0.0)
-    for part, rows in data.held_out.items():
+    for subset, rows in data.held_out.items():
         pairs = data.pairs(rows)
         for name, model in models.items():
             rewards = rewards_of(model, data.images, data.texts, pairs.image, pairs.prompts)
-            found[name][part] = measure(rewards[:, 0], pairs.label, rewards[:, 1:])
+            measured[name][subset] = measure(rewards[:, 0], pairs.label, rewards[:, 1:])
         cosine = torch.cosine_similarity(data.images[pairs.image][:, None], data.texts[pairs.prompts], dim=-1)
         score = (a * cosine + b).sigmoid().masked_fill(pairs.prompts < 0, float("-inf"))
-        found["clip"][part] = measure(score[:, 0], pairs.label, score[:, 1:])
-    for part in PARTS:
-        if (compared := data.comparisons(part)) is not None:
+        measured["clip"][subset] = measure(score[:, 0], pairs.label, score[:, 1:])
+    for subset in SUBSETS:
+        if (compared := data.comparisons(subset)) is not None:
             text, first, second = data.texts[compared.prompt], data.images[compared.first], data.images[compared.second]
             scores: dict[str, Callable[[Tensor, Tensor], Tensor]] = {**models, "clip": torch.cosine_similarity}
             for name, scored in scores.items():
                 right = ranked_right(scored(first, text), scored(second, text), compared.preferred)
-                found[name].setdefault(part, {})["pairs_ranked_right"] = right
-    return found
+                measured[name].setdefault(subset, {})["pairs_ranked_right"] = right
+    return measured
 
 
 def write_reward(folder: Path, model: RewardModel, measured: dict[str, Any], rewards: Tensor) -> None:
@@ -153,7 +153,7 @@ def write_reward(folder: Path, model: RewardModel, measured: dict[str, Any], rew
     write_json(out / "held_out.json", measured | {"sha256": checksum(out / MODEL)})
     with atomic(out / "README.md") as temporary:
         temporary.write_text(reward_card(measured), encoding="utf-8")
-    if any(part["labels"] for part in measured["held_out"].values()):
+    if any(counts["labels"] for counts in measured["held_out"].values()):
         plot_calibration(out / "calibration.png", measured["measured"])
     write_tensors(folder / REWARDS, {"reward": rewards})
 
@@ -173,18 +173,18 @@ def labels_digest(folder: Path, soft: bool, needed: bool = True) -> dict[str, st
     comparisons = read_comparisons(folder)
     if needed and not labels and not comparisons:
         check_labels(folder, labels, 0)
-    found = {"images": digest(json.dumps(content)), "labels": digest(json.dumps(sorted(labels.items())))}
-    return found | ({"comparisons": digest(json.dumps(comparisons))} if comparisons else {})
+    digests = {"images": digest(json.dumps(content)), "labels": digest(json.dumps(sorted(labels.items())))}
+    return digests | ({"comparisons": digest(json.dumps(comparisons))} if comparisons else {})
 
 
 def outdated_stages(run: Run) -> list[str]:
     """In words, which stages of a run were made from labels or rewards that have changed since."""
-    found = {}
+    reasons = {}
     if "reward" in run.stages:
-        found["reward"] = run.outdated("reward", **labels_digest(run.folder, run.settings.get("soft", False), False))
+        reasons["reward"] = run.outdated("reward", **labels_digest(run.folder, run.settings.get("soft", False), False))
     if "finetune" in run.stages and (run.folder / REWARDS).exists():
-        found["finetune"] = run.outdated("finetune", rewards=file_digest(run.folder / REWARDS))
-    return [f"stage {name} is out of date: {why}; {REDO}" for name, why in found.items() if why]
+        reasons["finetune"] = run.outdated("finetune", rewards=file_digest(run.folder / REWARDS))
+    return [f"stage {name} is out of date: {why}; {REDO}" for name, why in reasons.items() if why]
 
 
 def learn_from_run(run: Run, settings: dict[str, Any], device: torch.device, redo: bool = False) -> None:
@@ -216,17 +216,17 @@ def score(folder: Path, rewards: Rewards, settings: dict[str, Any]) -> None:
     """
     _, stored, labels = read_labels(folder, settings["soft"])
     prompts = [image.prompt for image in stored]
-    if rewards.learned:  # the same labels are held out from the fit as from the model
+    if rewards.learned:  # the same labels are held out from this fitting as from the model
         data = read_labelled(folder, rewards.clip(settings["clip"]), settings)
         split, measured = data.split, read_measured(folder / "reward")
     else:
         known = {i: prompts[i] for i in sorted(labels)}
         split, _ = split_feedback(known, labels, [], settings["seed"])
         measured = counted(labels, known, split, settings) | {"measured": {}}
-    reward, terms, found = score_images(rewards, [image.path for image in stored], prompts, labels, split)
-    measured["measured"]["given"] = found
+    reward, terms, quality = score_images(rewards, [image.path for image in stored], prompts, labels, split)
+    measured["measured"]["given"] = quality
     write_json(folder / "reward" / "held_out.json", measured | {"terms": terms})
-    if found:
+    if quality:
         plot_calibration(folder / "reward" / "calibration.png", measured["measured"])
     write_tensors(folder / REWARDS, {"reward": reward})
 

@@ -1,7 +1,7 @@
 """Stage 2 of the method: learn the reward model r(x,z) from the labels of a run: python -m minialign.reward RUN
 
 Trains the reward model on the labels in RUN, with and without the auxiliary loss, and measures both beside the raw CLIP
-score on labels that it did not learn from: images of known prompts, and images of prompts that are held out whole. The
+score on labels that it did not learn from: images of known prompts, and images of held-out prompts. The
 model with the auxiliary loss is kept in RUN/reward, with its rewards of all images of the run.
 """
 
@@ -39,7 +39,7 @@ def main() -> None:
     if not is_run(args.run):
         raise InputError(f"{args.run}: not a run; accepted: a run of generate, or label --import FILE")
     if args.export is not None:
-        check_place(args.export)  # a mistake is told before all work
+        check_place(args.export)  # a mistake is reported before all work
     with opened(args.run) as run:
         flags = given(args)
         settings = run.resolve(flags, embedded=bool(run.world))

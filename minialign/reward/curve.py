@@ -29,7 +29,7 @@ MEASURES = ("accuracy", "auc", "pairs")
 
 
 def split_prompts(data: Labelled, seed: int) -> tuple[list[int], list[int]]:
-    """Rows of labels to learn from, in random order, and those of the prompts that are held out whole."""
+    """Rows of labels to learn from, in random order, and those of the prompts that are held out entirely."""
     rng = random.Random(seed)
     order = list(dict.fromkeys(data.prompts[i] for i in data.labels))
     rng.shuffle(order)
@@ -39,7 +39,7 @@ def split_prompts(data: Labelled, seed: int) -> tuple[list[int], list[int]]:
     return learn, [i for i in data.labels if data.prompts[i] in held]
 
 
-def measured(data: Labelled, learn: Sequence[int], judge: Sequence[int], settings: dict[str, Any]) -> dict[str, Any]:
+def measured(data: Labelled, learn: Sequence[int], held_out: Sequence[int], settings: dict[str, Any]) -> dict[str, Any]:
     """MEASURES of a model that learns from some rows, on others; None where one kind of label is missing."""
     config = {"width": data.images.shape[1], "hidden": settings["hidden"], "clip": settings["clip"]}
     train, own = data.pairs(learn), data.columns[list(learn), 0].to(data.images.device)
@@ -51,13 +51,13 @@ def measured(data: Labelled, learn: Sequence[int], judge: Sequence[int], setting
         learning_rate=settings["reward_learning_rate"], weight_of_classification=settings["lambda"],
         temperature=settings["temperature"], balanced=settings["balanced"], seed=settings["seed"], quiet=True,
     )  # fmt: skip
-    pairs = data.pairs(judge)
+    pairs = data.pairs(held_out)
     reward = rewards_of(model, data.images, data.texts, pairs.image, pairs.prompts[:, :1])[:, 0].cpu()
     label = pairs.label.cpu()
     return {
         "accuracy": float(((reward > 0.5) == (label > 0.5)).float().mean()),
         "auc": area_under_curve(reward, label),
-        "pairs": preferred(reward, label, [data.prompts[i] for i in judge]),
+        "pairs": preferred(reward, label, [data.prompts[i] for i in held_out]),
     }
 
 
@@ -75,15 +75,15 @@ def learning_curve(data: Labelled, settings: dict[str, Any]) -> dict[str, Any]:
             f"--curve: {len(data.labels)} labels of {prompts} prompts are too few; accepted: "
             f"at least {math.ceil(2 * FEWEST / (1 - HELD_OUT))} labels of 5 prompts"
         )
-    found: list[list[dict[str, Any]]] = []
-    for learn, judge in progress(splits, "learning curve"):
-        found.append([measured(data, learn[:n], judge, settings) for n in numbers])
+    rows: list[list[dict[str, Any]]] = []
+    for learn, held_out in progress(splits, "learning curve"):
+        rows.append([measured(data, learn[:n], held_out, settings) for n in numbers])
     curve: dict[str, Any] = {"labels": numbers, "splits": SPLITS, "held_out_prompts": HELD_OUT}
     for key in MEASURES:
-        columns = [[row[i][key] for row in found if row[i][key] is not None] for i in range(len(numbers))]
+        columns = [[row[i][key] for row in rows if row[i][key] is not None] for i in range(len(numbers))]
         means = [mean_interval(column, 0.0) for column in columns]
         curve[key] = {"value": [mean for mean, _ in means], "ci95": [ends for _, ends in means]}
-    last = [(row[-2]["auc"], row[-1]["auc"]) for row in found]
+    last = [(row[-2]["auc"], row[-1]["auc"]) for row in rows]
     gain = mean_interval([after - before for before, after in last if None not in (before, after)])
     return curve | {"gain": {"value": gain[0], "ci95": gain[1]}}
 

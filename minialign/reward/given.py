@@ -57,22 +57,22 @@ class Term(NamedTuple):
 def read_terms(text: str | None, folder: Path) -> list[Term]:
     """The terms of --reward; None stands for the model that the run `folder` learns. InputError names what is none."""
     terms = []
-    for part in (text or LEARNED).split(","):
-        what, equals, number = part.strip().rpartition("=")
+    for word in (text or LEARNED).split(","):
+        what, equals, number = word.strip().rpartition("=")
         if not equals or "/" in number:  # a path may have a = in it
-            what, number = part.strip(), "1"
+            what, number = word.strip(), "1"
         try:
             weight = float(number)
         except ValueError:
             weight = math.nan
         if not 0 < weight < math.inf:
-            raise InputError(f"--reward {part.strip()}: weight {number!r}; accepted: a number above 0")
+            raise InputError(f"--reward {word.strip()}: weight {number!r}; accepted: a number above 0")
         if what and Path(what).resolve() == (folder / "reward").resolve():
             what = LEARNED
         term = Term(what, weight)
         known = what == CLIP_SCORE or what.startswith(f"{CLIP_SCORE}:") or term.is_model or term.is_function
         if not what or not known or what.endswith(":"):
-            raise InputError(f"--reward {what or part}: not found; accepted: {ACCEPTED}")
+            raise InputError(f"--reward {what or word}: not found; accepted: {ACCEPTED}")
         terms.append(term)
     return terms
 
@@ -128,19 +128,19 @@ class Rewards:
 
     def digest(self) -> str:
         """What stands for the terms: weights, and the content of models and of files of functions."""
-        parts = []
+        contents = []
         for term in self.terms:
-            parts.append(f"{term.weight}")
+            contents.append(f"{term.weight}")
             if term.is_function:
-                parts += [term.what.rpartition(":")[2], file_digest(load_function(term.what)[1])]
+                contents += [term.what.rpartition(":")[2], file_digest(load_function(term.what)[1])]
             elif term.what == LEARNED:
-                parts.append(LEARNED)
+                contents.append(LEARNED)
             elif term.is_model:
                 source = load_reward(Path(term.what)).config.get("clip")
-                parts += [file_digest(Path(term.what) / MODEL), clip_digest(self.clip(source)).hex()]
+                contents += [file_digest(Path(term.what) / MODEL), clip_digest(self.clip(source)).hex()]
             else:
-                parts += [CLIP_SCORE, clip_digest(self.clip(self._source(term))).hex()]
-        return digest(*parts)
+                contents += [CLIP_SCORE, clip_digest(self.clip(self._source(term))).hex()]
+        return digest(*contents)
 
     def _source(self, term: Term) -> str | None:
         """The CLIP of a CLIP score: the one that is named, else the run's."""
@@ -169,7 +169,7 @@ class Rewards:
 
 # ------------------------------------------------------------------------------------------------------- to [0,1]
 def scale_of(term: Term, raw: Tensor, prompts: Sequence[str], labels: Mapping[int, float]) -> dict[str, Any]:
-    """How the numbers (B,) of a term come to [0,1]: `how`, and a and b of a fit.
+    """How the numbers (B,) of a term come to [0,1]: `how`, and a and b where it was fitted.
 
     labels: by row, of those that may be learned from. InputError where nothing can be said, or the labels contradict.
     """
@@ -215,10 +215,10 @@ def rank_within(score: Tensor, prompts: Sequence[str]) -> Tensor:
     return rank
 
 
-def weighted(terms: Sequence[Term], parts: Sequence[Tensor]) -> Tensor:
+def weighted(terms: Sequence[Term], rewards: Sequence[Tensor]) -> Tensor:
     """sum_i w_i r_i / sum_i w_i of the rewards r_i (B,) of the terms."""
     total = sum(term.weight for term in terms)
-    return torch.stack([term.weight / total * part for term, part in zip(terms, parts)]).sum(0)
+    return torch.stack([term.weight / total * reward for term, reward in zip(terms, rewards)]).sum(0)
 
 
 def score_images(
@@ -226,19 +226,20 @@ def score_images(
 ) -> tuple[Tensor, list[dict[str, Any]], dict[str, Any]]:
     """Rewards (N,) of a run's images, how each term came to [0,1], and how well they predict the held-out labels.
 
-    labels: by row, of which those in `split.learn` may be fitted to; the others judge.
+    labels: by row, of which those in `split.learn` may be fitted to; the others are held out.
     """
-    parts, said = [], []
+    of_terms, said = [], []
     for term in rewards.terms:
         raw = rewards.raw(term, paths, prompts)
         scale = scale_of(term, raw, prompts, {i: labels[i] for i in split.learn})
-        parts.append(to_unit(raw, prompts, scale))
+        of_terms.append(to_unit(raw, prompts, scale))
         said.append({"what": term.what, "weight": term.weight, **scale})
-    reward = weighted(rewards.terms, parts)
-    found = {
-        part: measure(reward[rows], torch.tensor([labels[i] for i in rows])) for part, rows in split.judging.items()
+    reward = weighted(rewards.terms, of_terms)
+    quality = {
+        subset: measure(reward[rows], torch.tensor([labels[i] for i in rows]))
+        for subset, rows in split.held_out.items()
     }
-    return reward, said, found
+    return reward, said, quality
 
 
 def scorer(

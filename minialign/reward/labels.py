@@ -19,30 +19,30 @@ from ..models.clip import CLIP
 from ..prompts import contrastive_prompts
 from .trainer import Comparisons, Pairs
 
-HELD_OUT = 0.1  # of the prompts are held out whole, and as large a fraction of the other prompts' images
+HELD_OUT = 0.1  # of the prompts are held out entirely, and as large a fraction of the other prompts' images
 FEWEST = 20  # labels, below which a warning says that they are few
 CONTRASTIVE = 7  # contrastive prompts of each image; how many the paper has is not known
-PARTS = ("known prompts", "new prompts")  # of the held-out labels
-LEARN = "learn"  # the part that is learned from
+SUBSETS = ("known prompts", "new prompts")  # of the held-out labels
+LEARN = "learn"  # the subset that is learned from
 PREFERRED = {"this": 1.0, "other": 0.0, "tie": 0.5}  # of the first of two compared images, as L_bt has it
 Compared = tuple[int, int, float]  # two images by their numbers, and PREFERRED of the judgement
 
 
 class Split(NamedTuple):
-    """Rows of labelled images: to learn from, and to judge by, of known and of new prompts."""
+    """Rows of labelled images: to learn from, and held out, of known and of new prompts."""
 
     learn: list[int]
     known: list[int]
     new: list[int]
 
     @property
-    def judging(self) -> dict[str, list[int]]:
-        """The rows of labels that judge, by PARTS; a part without any is missing."""
-        return {name: rows for name, rows in zip(PARTS, self[1:]) if rows}
+    def held_out(self) -> dict[str, list[int]]:
+        """The rows of held-out labels, by SUBSETS; a subset without any is missing."""
+        return {name: rows for name, rows in zip(SUBSETS, self[1:]) if rows}
 
 
 def split_labels(prompts: Sequence[object], seed: int) -> Split:
-    """Hold out some prompts whole and some images of the others; `prompts` are anything that tells prompts apart.
+    """Hold out some prompts entirely and some images of the others; `prompts` are anything that distinguishes prompts.
 
     HELD_OUT of the prompts, at least one where there are three, and HELD_OUT of the other prompts' images.
     """
@@ -53,8 +53,8 @@ def split_labels(prompts: Sequence[object], seed: int) -> Split:
     new = [i for i, prompt in enumerate(prompts) if prompt in held_out]
     rest = [i for i, prompt in enumerate(prompts) if prompt not in held_out]
     rng.shuffle(rest)
-    judging = round(HELD_OUT * len(rest))
-    return Split(sorted(rest[judging:]), sorted(rest[:judging]), new)
+    number = round(HELD_OUT * len(rest))
+    return Split(sorted(rest[number:]), sorted(rest[:number]), new)
 
 
 def read_labels(folder: Path, soft: bool = False) -> tuple[list[Any], list[StoredImage], dict[int, float]]:
@@ -79,10 +79,10 @@ def read_comparisons(folder: Path) -> list[Compared]:
     store = FeedbackStore(folder, read_only=True)
     try:
         number = {image.id: i for i, image in enumerate(store.images())}
-        found = store.preferred()
+        preferences = store.preferred()
     finally:
         store.close()
-    return [(number[one.image], number[one.other], PREFERRED[one.verdict]) for one in found]
+    return [(number[one.image], number[one.other], PREFERRED[one.verdict]) for one in preferences]
 
 
 def check_labels(folder: Path, labels: dict[int, float], prompts: int, comparisons: int = 0) -> None:
@@ -117,16 +117,18 @@ def read_contrastive(path: Path, prompts: Iterable[str]) -> dict[str, list[str]]
 
     InputError where an entry cannot be used, or where none of the run's `prompts` is in the file.
     """
-    found = read_json(path)
-    for prompt, others in found.items():
+    contrastive = read_json(path)
+    for prompt, others in contrastive.items():
         accepted = "accepted: a list of other prompts"
         if not isinstance(others, list) or not others or not all(isinstance(one, str) and one for one in others):
             raise InputError(f"{path}: {prompt!r:.80}: {json.dumps(others):.80}; {accepted}")
         if " ".join(prompt.lower().split()) in (" ".join(one.lower().split()) for one in others):  # alike for CLIP
             raise InputError(f"{path}: {prompt!r:.80} stands among its own contrastive prompts; {accepted}")
-    if not found.keys() & set(prompts):
-        raise InputError(f"{path}: none of its {len(found)} prompts is one of the run's; accepted: prompt -> [prompts]")
-    return found
+    if not contrastive.keys() & set(prompts):
+        raise InputError(
+            f"{path}: none of its {len(contrastive)} prompts is one of the run's; accepted: prompt -> [prompts]"
+        )
+    return contrastive
 
 
 def contrastive_table(
@@ -135,7 +137,7 @@ def contrastive_table(
     """A table of texts, and for each of the prompts (B,) the rows (B,N) of itself and of its contrastive prompts.
 
     Contrastive prompts are other prompts that have feedback, `among`, never one that nobody judged: the model would
-    learn that it is wrong for every image. same[prompt]: its token ids, by which prompts are told apart. -1 stands for
+    learn that it is wrong for every image. same[prompt]: its token ids, which distinguish prompts. -1 stands for
     none. own[prompt], where it is there, takes the place of all this: what it says is its author's choice.
     """
     rng = random.Random(seed)
@@ -151,7 +153,7 @@ def contrastive_table(
 
 
 class Labelled(NamedTuple):
-    """What the trainer and the judges read of a run with I images, P different texts and N texts an image."""
+    """What training and measuring read of a run with I images, P different texts and N texts an image."""
 
     images: Tensor  # (I,E), CLIP's embeddings
     texts: Tensor  # (P,E)
@@ -159,7 +161,7 @@ class Labelled(NamedTuple):
     labels: dict[int, float]  # by the row of an image
     split: Split
     prompts: dict[int, tuple[int, ...]]  # token ids of the prompt of an image with feedback, by the row of the image
-    compared: Mapping[str, list[Compared]] = {}  # LEARN and those of PARTS that have any
+    compared: Mapping[str, list[Compared]] = {}  # LEARN and those of SUBSETS that have any
 
     def pairs(self, rows: Sequence[int]) -> Pairs:
         device = self.images.device
@@ -168,22 +170,22 @@ class Labelled(NamedTuple):
             torch.tensor(rows, dtype=torch.long).to(device), self.columns[list(rows)].to(device), label.to(device)
         )
 
-    def comparisons(self, part: str) -> Comparisons | None:
-        """Those to learn from (LEARN), or of PARTS; None where there are none."""
-        if not self.compared.get(part):
+    def comparisons(self, subset: str) -> Comparisons | None:
+        """Those to learn from (LEARN), or of SUBSETS; None where there are none."""
+        if not self.compared.get(subset):
             return None
-        first, second, preferred = zip(*self.compared[part])
+        first, second, preferred = zip(*self.compared[subset])
         device, prompt = self.images.device, self.columns[list(first), 0]
         i, j = torch.tensor([first, second]).to(device)
         return Comparisons(i, j, prompt.to(device), torch.tensor(preferred, dtype=torch.float32).to(device))
 
     @property
     def held_out(self) -> dict[str, list[int]]:
-        return self.split.judging
+        return self.split.held_out
 
 
 def read_labelled(folder: Path, clip: CLIP, settings: dict[str, Any]) -> Labelled:
-    """The labels of a run, split into those to learn from and to judge by, and CLIP's embeddings of its images."""
+    """The labels of a run, split into those to learn from and held-out ones, and CLIP's embeddings of its images."""
     _, stored, labels = read_labels(folder, settings["soft"])
     comparisons = read_comparisons(folder)
     prompts = [image.prompt for image in stored]
@@ -206,17 +208,17 @@ def split_feedback(
 ) -> tuple[Split, dict[str, list[Compared]]]:
     """`split_labels` of the images with feedback, prompts[i] of image i: labels by image, and comparisons with them.
 
-    A comparison is held out where one of its images is, so that nothing is learned of what judges: of new prompts with
-    its prompt, else of known ones. Nothing is held out where too little would be left to learn from.
+    A comparison is held out where one of its images is, so that nothing is learned of held-out images: of new prompts
+    with its prompt, else of known ones. Nothing is held out where too little would be left to learn from.
     """
     rows = list(prompts)
-    parts = [{rows[i] for i in part} for part in split_labels(list(prompts.values()), seed)]
-    learn, _, new = parts
-    compared: dict[str, list[Compared]] = {LEARN: [], PARTS[0]: [], PARTS[1]: []}
+    subsets = [{rows[i] for i in subset} for subset in split_labels(list(prompts.values()), seed)]
+    learn, _, new = subsets
+    compared: dict[str, list[Compared]] = {LEARN: [], SUBSETS[0]: [], SUBSETS[1]: []}
     for pair in comparisons:
-        compared[PARTS[1] if pair[0] in new else LEARN if {*pair[:2]} <= learn else PARTS[0]].append(pair)
+        compared[SUBSETS[1] if pair[0] in new else LEARN if {*pair[:2]} <= learn else SUBSETS[0]].append(pair)
     lost = len({labels[i] > 0.5 for i in learn if i in labels}) < len({label > 0.5 for label in labels.values()})
     if lost or (comparisons and not compared[LEARN]):
-        parts, compared = [set(rows), set(), set()], {LEARN: list(comparisons)}
-    split = Split(*(sorted(part & labels.keys()) for part in parts))
+        subsets, compared = [set(rows), set(), set()], {LEARN: list(comparisons)}
+    split = Split(*(sorted(subset & labels.keys()) for subset in subsets))
     return split, {name: pairs for name, pairs in compared.items() if pairs}

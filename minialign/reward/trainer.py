@@ -1,6 +1,6 @@
 """The trainer of the reward model: L_mse + lambda L_pc by AdamW on CLIP features (Lee et al. 2023, section 3.2).
 
-Where people compared images, L_bt is added (Christiano et al. 2017), or is the whole loss where nobody gave a verdict.
+Where people compared images, L_bt is added (Christiano et al. 2017), or is the only loss where nobody gave a verdict.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ def train_reward(
         model = RewardModel(config).to(images.device)
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay, fused=True)
     known = train.label.cpu()  # rows are sampled and sorted on the CPU: no waiting for a device
-    how = weight_of_classification, temperature
+    options = weight_of_classification, temperature
     weights = {"mse": 1.0, "classification": weight_of_classification, "comparison": 1.0}
     for step in range(steps) if quiet else progress(range(steps), "reward"):
         g, losses = generator(seed, step), {}
         if len(known):
             rows = sample_rows(known, batch_size, balanced, g)
-            losses = dict(zip(weights, reward_losses(model, images, texts, train, rows, known, *how)))
+            losses = dict(zip(weights, reward_losses(model, images, texts, train, rows, known, *options)))
         if comparisons is not None:
             losses["comparison"] = compared(model, images, texts, comparisons, batch_size, comparison_temperature, g)
         torch.stack([weights[name] * loss for name, loss in losses.items()]).sum().backward()
@@ -146,7 +146,7 @@ def compared(
 @torch.no_grad()
 def rewards_of(model: RewardModel, images: Tensor, texts: Tensor, image: Tensor, prompts: Tensor) -> Tensor:
     """Rewards (B,N) of rows image (B,) of one table of embeddings for rows prompts (B,N) of another; -inf for -1."""
-    parts = zip(image.split(1024), prompts.split(1024))
+    chunks = zip(image.split(1024), prompts.split(1024))
     return torch.cat(
-        [model(images[i][:, None].expand_as(texts[z]), texts[z]).masked_fill(z < 0, float("-inf")) for i, z in parts]
+        [model(images[i][:, None].expand_as(texts[z]), texts[z]).masked_fill(z < 0, float("-inf")) for i, z in chunks]
     )

@@ -21,7 +21,7 @@ from ..data.cache import features
 from ..engine.run import Run, digest
 from ..evaluate import Judged, TestItem, judge_model, test_items
 from ..evaluate.judges import FEATURES, REWARD
-from ..evaluate.sets import clean, rated, told
+from ..evaluate.sets import clean, outcome_fractions, rated
 from ..feedback import SIMULATED
 from ..files import write_tensors
 from ..finetune import finetune_pipeline
@@ -89,7 +89,7 @@ def by_group(items: Sequence[TestItem]) -> Iterator[tuple[str, list[int]]]:
 def labels_of(cell: Cell, labels: dict[int, float], prompts: Sequence[str], seed: int) -> dict[int, float]:
     """The labels that a cell's reward learns from: a fraction of each prompt's, as most of its labellers give them.
 
-    A smaller fraction is part of a larger one; who errs with a small probability errs there with a larger one, too.
+    A smaller fraction is within a larger one; who errs with a small probability errs there with a larger one, too.
     """
     rng, known = random.Random(seed), sorted(labels)
     rng.shuffle(known)
@@ -135,16 +135,16 @@ def measured(score: Score, here: World) -> Result:
     texts = [item.prompt for item in here.pool_items]
     unique = list(dict.fromkeys(texts))
     _, table = features(here.folder / FEATURES, here.clip, [], unique)
-    found: Result = {}
+    result: Result = {}
     for group, rows in by_group(here.pool_items):
         rows = [i for i in rows if here.pool.verdicts[i] != "skip"]
         reward = score(here.pool.features[rows], table[[unique.index(texts[i]) for i in rows]])
         label = torch.tensor([float(here.pool.verdicts[i] == "good") for i in rows])
         quality = measure(reward, label)
-        found[f"pairs, {group}"] = preferred(reward, label, [texts[i] for i in rows])
-        found[f"auc, {group}"] = quality["auc"]
-        found[f"ece, {group}"] = quality["ece"]
-    return found
+        result[f"pairs, {group}"] = preferred(reward, label, [texts[i] for i in rows])
+        result[f"auc, {group}"] = quality["auc"]
+        result[f"ece, {group}"] = quality["ece"]
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------------ the cell
@@ -155,7 +155,7 @@ def fill(name: str, here: World, folder: Path) -> Result:
     if cell.kind == "sets":
         return sets(here, folder)
     if cell.kind == "base":
-        return judged(Pipeline.from_pretrained(), here, folder)
+        return evaluated(Pipeline.from_pretrained(), here, folder)
     score, rows = scoring(cell, here, settings)
     result = measured(score, here)
     if cell.kind == "reward":
@@ -167,7 +167,7 @@ def fill(name: str, here: World, folder: Path) -> Result:
     if cell.unlabelled:
         rows = list(range(len(reward)))
     tune(here, reward[rows], rows, settings, folder, cell.clean)
-    result |= judged(Pipeline.from_pretrained(folder / "model"), here, folder)
+    result |= evaluated(Pipeline.from_pretrained(folder / "model"), here, folder)
     return result | {"calls": training_calls(settings)}
 
 
@@ -184,7 +184,7 @@ def tune(here: World, reward: Tensor, rows: Sequence[int], settings: dict[str, A
 
 
 # ----------------------------------------------------------------------------------------------------------- the tests
-def judged(pipe: Pipeline, here: World, folder: Path) -> Result:
+def evaluated(pipe: Pipeline, here: World, folder: Path) -> Result:
     """The numbers of a pipeline's images of the test."""
     side = judge_model(Run(folder), "cell", None, lambda: pipe, here.items, here.settings, here.clip, here.reward)
     return point(here, side)
@@ -205,7 +205,7 @@ def point(here: World, side: Judged) -> Result:
         chosen = random.Random(here.seed).sample(readable, number)
         again = [image for image in shown([open_image(side.paths[i]) for i in chosen], here.seed) if image is not None]
         fidelity = frechet_distance(side.features[chosen], embed_images(here.clip, again))
-    found = {
+    result = {
         "aligned": float(good.mean()),
         "readable": len(readable) / len(good),
         "fidelity": fidelity,
@@ -214,8 +214,8 @@ def point(here: World, side: Judged) -> Result:
         "reward": float(reward.mean()),
     }
     for group, rows in by_group(here.items):
-        found |= {f"aligned, {group}": float(good[rows].mean()), f"reward, {group}": float(reward[rows].mean())}
-    return found
+        result |= {f"aligned, {group}": float(good[rows].mean()), f"reward, {group}": float(reward[rows].mean())}
+    return result
 
 
 def sets(here: World, folder: Path) -> Result:
@@ -239,14 +239,14 @@ def sets(here: World, folder: Path) -> Result:
     values: dict[str, dict[str, Tensor]] = {"alignment": {}, "fidelity": {}}
     for name, (side, rows) in sides.items():
         chosen = rows.flatten().tolist()
-        looks = clean([side.paths[i] for i in chosen], side.features[chosen], here.clip, here.seed)
+        clean_values = clean([side.paths[i] for i in chosen], side.features[chosen], here.clip, here.seed)
         values["alignment"][name] = torch.tensor(side.values[SIMULATED])[rows]
-        values["fidelity"][name] = torch.tensor(looks).view(number, SET)
+        values["fidelity"][name] = torch.tensor(clean_values).view(number, SET)
     tuned_, random_, best = sides
-    found: Result = {"set prompts": number}
+    result: Result = {"set prompts": number}
     for ours, theirs in ((tuned_, random_), (best, random_), (tuned_, best)):
         for kind, of in values.items():
             for rater, outcome in rated(of[ours], of[theirs], here.seed).items():
-                for name, fraction in told(outcome).items():
-                    found[f"{ours} against {theirs}; {kind}; {rater}; {name}"] = fraction
-    return found
+                for name, fraction in outcome_fractions(outcome).items():
+                    result[f"{ours} against {theirs}; {kind}; {rater}; {name}"] = fraction
+    return result

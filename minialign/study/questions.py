@@ -45,10 +45,10 @@ RATED = {NOISY: f"{NOISY}, each wrong on {WRONG:.0%} of the images", SIMULATED: 
 # ------------------------------------------------------------------------------------------------- the paper's findings
 def findings(groups: Sequence[str]) -> list[Finding]:
     """What Lee et al. 2023 found, as differences of two numbers of the study; `groups` of prompts, seen ones first."""
-    found = []
+    results = []
     for group in groups:
         pairs = f"pairs, {group}"
-        found += [
+        results += [
             Finding("Fig. 3a", f"r predicts the preferred image of a pair better than CLIP; prompts: {group}",
                     ("default", pairs), ("clip", pairs), 1),
             Finding("Fig. 3a", f"the auxiliary loss helps; prompts: {group}",
@@ -62,7 +62,7 @@ def findings(groups: Sequence[str]) -> list[Finding]:
         return Finding(source, claim, won, lost, expected)
 
     tuned, best, tuned_or_best = (match.key for match in MATCHES)
-    found += [
+    results += [
         of_sets("Fig. 4", "alignment of sets of four: 50 % won, 3 % lost", tuned, "alignment", 1),
         of_sets("Fig. 4", "fidelity of sets of four: 10 % won, 15 % lost", tuned, "fidelity", -1),
         of_table_3("FID 26.59 on labelled images alone, 13.97 before", "labelled", "base", "fidelity", 1),
@@ -77,7 +77,7 @@ def findings(groups: Sequence[str]) -> list[Finding]:
         of_sets("Fig. 6", f"fine-tuned against {BEST}, alignment: 20 to 10 %", tuned_or_best, "alignment", 1),
         of_sets("Fig. 6", f"fine-tuned against {BEST}, fidelity: 3 to 20 %", tuned_or_best, "fidelity", -1),
     ]
-    return found
+    return results
 
 
 def of_table_3(claim: str, cell: str, other: str, metric: str, expected: int) -> Finding:
@@ -148,33 +148,33 @@ def questions() -> dict[str, Question]:
 # ------------------------------------------------------------------------------------------------------------ the page
 def page(folder: Path, path: Path, seeds: Sequence[int], size: str) -> None:
     """Write what all cells and main jobs found to the page `path` and its figures."""
-    found = {
+    results = {
         (name, seed): read_json(folder / name / f"seed-{seed}" / "result.json") for name in CELLS for seed in seeds
     }
     jobs = [read_json(folder / f"seed-{seed}" / "results.json") for seed in seeds]
-    groups = [key.partition(", ")[2] for key in found["default", seeds[0]] if key.startswith("pairs, ")]
+    groups = [key.partition(", ")[2] for key in results["default", seeds[0]] if key.startswith("pairs, ")]
     asked = {name: question.expanded(groups) for name, question in questions().items()}
-    blocks = {"findings": ("The paper's findings, and ours", findings_block(findings(groups), found, seeds))}
-    blocks["setting"] = ("How it was measured", setting(folder, found, jobs, seeds, size))
+    blocks = {"findings": ("The paper's findings, and ours", findings_block(findings(groups), results, seeds))}
+    blocks["setting"] = ("How it was measured", setting(folder, results, jobs, seeds, size))
     blocks["categories"] = ("Before and after, by category", categories_block(jobs))
-    blocks["sets"] = ("Sets of images, won by two thirds of the raters", sets_block(MATCHES, RATED, found, seeds))
-    blocks |= {name: (question.title, block(name, question, found, seeds)) for name, question in asked.items()}
-    figures = {name: partial(plot, question=question, found=found, seeds=seeds) for name, question in asked.items()}
-    figures["ablation"] = partial(plot_trade_off, question=asked["ablation"], found=found, seeds=seeds)
+    blocks["sets"] = ("Sets of images, won by two thirds of the raters", sets_block(MATCHES, RATED, results, seeds))
+    blocks |= {name: (question.title, block(name, question, results, seeds)) for name, question in asked.items()}
+    figures = {name: partial(plot, question=question, results=results, seeds=seeds) for name, question in asked.items()}
+    figures["ablation"] = partial(plot_trade_off, question=asked["ablation"], results=results, seeds=seeds)
     figures["categories"] = partial(plot_categories, jobs=jobs)
-    figures["sets"] = partial(plot_sets, matches=MATCHES, rater=NOISY, found=found, seeds=seeds)
+    figures["sets"] = partial(plot_sets, matches=MATCHES, rater=NOISY, results=results, seeds=seeds)
     write_page(path, blocks, figures)
 
 
-def setting(folder: Path, found: Results, jobs: Sequence[dict[str, Any]], seeds: Sequence[int], size: str) -> str:
+def setting(folder: Path, results: Results, jobs: Sequence[dict[str, Any]], seeds: Sequence[int], size: str) -> str:
     """The command, and what it did, in Markdown."""
     cell, config = SIZES[size]["cell"], read_json(folder / "config.json")
     default = SEEDS[:3] if size == "quick" else SEEDS
     flags = " --quick" * (size == "quick") + f" --seeds {' '.join(map(str, seeds))}" * (list(seeds) != default)
-    main_jobs, cells = sum(job["seconds"]["total"] for job in jobs), sum(one["seconds"] for one in found.values())
+    main_jobs, cells = sum(job["seconds"]["total"] for job in jobs), sum(one["seconds"] for one in results.values())
     return (
         f"    python -m minialign.study{flags}\n\n"
-        f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), {len(found)} cells, with torch "
+        f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), {len(results)} cells, with torch "
         f"{config['versions']['torch']}: {main_jobs / 60:.0f} minutes on {config['threads']} cores for the main jobs, "
         f"and {cells / 60:.0f} minutes of one core for the cells; {planned(seeds, size)}. A main job for each seed, as "
         "`python -m minialign.finetune --seed N` runs it, then each cell from its images, labels and reward: "
