@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FEWEST = 10  # pairs of a bin of `calibration`
+
 
 # ----------------------------------------------------------------------------------------------------------- intervals
 def wilson_interval(good: int, total: int, z: float = 1.96) -> list[float]:
@@ -167,24 +169,32 @@ def preferred(score: Tensor, label: Tensor, prompts: Sequence[object]) -> float 
     return right / pairs if pairs else None
 
 
-def calibration(reward: Tensor, label: Tensor, bins: int = 10) -> list[dict[str, float]]:
-    """Mean reward and fraction labelled good in each tenth of [0,1] that holds any pair (a reliability diagram)."""
-    place = (reward * bins).long().clamp(0, bins - 1)
+def calibration(reward: Tensor, label: Tensor, bins: int = 10, least: int = FEWEST) -> list[dict[str, float]]:
+    """Mean reward and fraction labelled good in bins of equally many pairs, by their reward (a reliability diagram).
+
+    Equal mass as of Nguyen & O'Connor 2015 and Nixon et al. 2019, so that no bin has few pairs: there are `bins` of
+    them, or fewer where each would have less than `least` pairs. Pairs of equal rewards (B,) share a bin. Fewer than
+    `least` pairs in all are one bin.
+    """
+    reward, order = reward.cpu().sort()
+    label, total = label.cpu()[order], len(reward)
+    number = min(bins, total // least)
+    ends = torch.unique_consecutive(reward, return_counts=True)[1].cumsum(0)  # of each reward's pairs, in order
+    edges = [0]
+    for k in range(1, number):
+        edge = int(ends[torch.searchsorted(ends, math.ceil(k * total / number))])
+        if edge - edges[-1] >= least and total - edge >= least:
+            edges.append(edge)
     return [
-        {
-            "predicted": float(reward[place == i].mean()),
-            "observed": float(label[place == i].mean()),
-            "count": int((place == i).sum()),
-        }
-        for i in range(bins)
-        if (place == i).any()
+        {"predicted": float(reward[a:b].mean()), "observed": float(label[a:b].mean()), "count": b - a}
+        for a, b in itertools.pairwise([*edges, total])
     ]
 
 
 def expected_calibration_error(bins: Sequence[dict[str, float]]) -> float:
     """Mean |observed - predicted| over the pairs of `calibration`'s bins (Naeini et al. 2015; Guo et al. 2017)."""
-    total = sum(part["count"] for part in bins)
-    return sum(part["count"] * abs(part["observed"] - part["predicted"]) for part in bins) / total
+    total = sum(bin["count"] for bin in bins)
+    return sum(bin["count"] * abs(bin["observed"] - bin["predicted"]) for bin in bins) / total
 
 
 def platt(score: Tensor, label: Tensor) -> tuple[float, float]:

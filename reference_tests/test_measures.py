@@ -187,18 +187,37 @@ def test_pairs_are_of_one_prompt():
     assert preferred(score, label, list("abcdefgh")) is None
 
 
-def test_calibration_bins_hold_every_pair():
-    reward, label = torch.tensor([0.02, 0.04, 0.55, 1.0]), torch.tensor([0.0, 1.0, 1.0, 1.0])
-    bins = calibration(reward, label)
-    assert [b["count"] for b in bins] == [2, 1, 1]
-    assert bins[0]["predicted"] == pytest.approx(0.03) and bins[0]["observed"] == 0.5 and bins[-1]["observed"] == 1
+@pytest.mark.parametrize("number", [7, 10, 29, 105, 128, 1003])
+def test_calibration_is_of_bins_of_equal_mass_as_numpy_has_them(number):
+    rng = np.random.default_rng(number)
+    reward = rng.permutation(np.linspace(0, 1, number) ** 3).astype(np.float32)  # no two alike, most near 0
+    label = (rng.random(number) < reward).astype(np.float32)
+    bins = calibration(torch.tensor(reward), torch.tensor(label))
+    k = max(1, min(10, number // 10))
+    edges = np.ceil(np.arange(1, k) * number / k).astype(int)
+    order = np.argsort(reward)
+    expected = [(rows.size, reward[rows].mean(), label[rows].mean()) for rows in np.split(order, edges)]
+    assert [(b["count"], b["predicted"], b["observed"]) for b in bins] == [pytest.approx(e, rel=1e-5) for e in expected]
+    assert max(size for size, *_ in expected) - min(size for size, *_ in expected) <= 1
+    error = sum(size * abs(observed - predicted) for size, predicted, observed in expected) / number
+    assert expected_calibration_error(bins) == pytest.approx(error, rel=1e-5)
 
 
-def test_expected_calibration_error_by_hand():
-    reward, label = torch.tensor([0.02, 0.04, 0.55, 1.0, 0.97]), torch.tensor([0.0, 1.0, 1.0, 1.0, 0.5])
-    # bins: {0.02, 0.04} -> 0.5, {0.55} -> 1, {1, 0.97} -> 0.75
-    expected = (2 * abs(0.03 - 0.5) + abs(0.55 - 1) + 2 * abs(0.985 - 0.75)) / 5
-    assert expected_calibration_error(calibration(reward, label)) == pytest.approx(expected, rel=1e-6)
+def test_calibration_never_splits_equal_rewards():
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        reward = torch.tensor(rng.integers(0, 12, 150) ** 2 / 121, dtype=torch.float32)
+        reward[: seed * 4] = 1.0  # and one reward that many share
+        label = torch.tensor(rng.integers(0, 2, 150), dtype=torch.float32)
+        bins = calibration(reward, label)
+        assert sum(b["count"] for b in bins) == 150 and min(b["count"] for b in bins) >= 10
+        assert sum(b["count"] * b["observed"] for b in bins) == pytest.approx(float(label.sum()), rel=1e-5)
+        values, place = reward.sort().values, 0
+        for one in bins[:-1]:
+            place += one["count"]
+            assert values[place - 1] < values[place]
+    alike = calibration(torch.full((40,), 0.25), torch.ones(40))
+    assert alike == [{"predicted": 0.25, "observed": 1.0, "count": 40}]
 
 
 def test_platt_gives_the_frequencies_of_two_kinds():

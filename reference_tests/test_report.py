@@ -344,20 +344,6 @@ def test_further_comparisons_have_a_column_for_every_model_and_gain(tmp_path: Pa
     assert [cell for cell, _ in rows[1]] == ["Fréchet distance", "3.410", "4.090", "+0.680", "–", "–"]
 
 
-def test_calibration_has_bins_with_enough_images() -> None:
-    """Neighbours are put together, and their means are those of all their images; bins of equal mass stay."""
-    bins = [{"predicted": p, "observed": o, "count": n} for p, o, n in ((0.1, 0.0, 4), (0.3, 0.5, 12), (0.9, 1.0, 3))]
-    mean = {"predicted": (0.4 + 3.6 + 2.7) / 19, "observed": 9 / 19, "count": 19}
-    assert figures.enough(bins) == [pytest.approx(mean)]
-    bins[2]["count"] = 184
-    assert figures.enough(bins) == [
-        pytest.approx({"predicted": 0.25, "observed": 0.375, "count": 16}), pytest.approx(bins[2])
-    ]  # fmt: skip
-    equal = [{"predicted": i / 10, "observed": i / 10, "count": 19 + i % 2} for i in range(10)]
-    assert figures.enough(equal) == [pytest.approx(one) for one in equal]
-    assert figures.enough([]) == [] and figures.enough(equal[:1]) == [pytest.approx(equal[0])]
-
-
 def test_a_calibration_chart_of_few_images_says_so() -> None:
     pytest.importorskip("matplotlib")
     few = [{"predicted": 0.2, "observed": 0.0, "count": 3}, {"predicted": 0.9, "observed": 1.0, "count": 4}]

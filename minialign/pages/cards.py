@@ -298,9 +298,9 @@ held-out images like those that it learned from; how well it predicts for other 
 ```
 
 Known prompts have other images among those that it learned from; new prompts have none. ECE is the expected calibration
-error, Brier the mean squared error. Where people compared images, pairs ranked right is the fraction of the held-out
-pairs of which the better image scores higher, ties left out. Prompt accuracy is the fraction of the good images that
-score higher for their own prompt than for every contrastive one. The raw CLIP score is mapped to [0,1] by a logistic
-regression on the labels that were learned from.
+error in bins of equally many images, Brier the mean squared error. Where people compared images, pairs ranked right is
+the fraction of the held-out pairs of which the better image scores higher, ties left out. Prompt accuracy is the
+fraction of the good images that score higher for their own prompt than for every contrastive one. The raw CLIP score is
+mapped to [0,1] by a logistic regression on the labels that were learned from.
 
 """ + "\n".join(_settings(reward["settings"]))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..files import atomic
-from ..measures import wilson_interval
+from ..measures import FEWEST, wilson_interval
 from ..prompts import CATEGORIES
 from .cards import REWARD_MODELS, is_fraction, judged_by
 
@@ -31,7 +31,6 @@ COLORS = (
     "#56b4e9",
 )  # for the color-blind (Okabe and Ito)
 GREY = "#6f6f6f"
-FEWEST = 10  # images of a point of a calibration chart
 SMOOTHED = 5  # a running mean is over a fifth of a curve
 BAND = 0.25  # opacity of the band of normal runs
 # The report's charts are drawn in stand-in colors that become the CSS variables of these names, so that they follow
@@ -129,44 +128,20 @@ def spread(heights: Sequence[float], step: float = 0.08) -> list[float]:
 
 
 # --------------------------------------------------------------------------------------------------------- calibration
-def enough(bins: Sequence[Bin]) -> list[dict[str, float]]:
-    """Neighbouring bins put together until each has a twentieth of the images, and at least FEWEST.
-
-    Bins of equal mass stay as they are; of bins of equal width those with few images join their neighbours. Means stay
-    means. Fewer than FEWEST images in all are one bin.
-    """
-    total = sum(part["count"] for part in bins)
-    merged: list[list[Bin]] = [[]]
-    for part in bins:
-        if sum(one["count"] for one in merged[-1]) >= max(FEWEST, total / 20):
-            merged.append([])
-        merged[-1].append(part)
-    if len(merged) > 1 and sum(one["count"] for one in merged[-1]) < max(FEWEST, total / 20):
-        merged[-2:] = [merged[-2] + merged[-1]]
-    found = []
-    for group in filter(None, merged):
-        count = sum(one["count"] for one in group)
-        mean = {key: sum(one["count"] * one[key] for one in group) / count for key in ("predicted", "observed")}
-        found.append(mean | {"count": count})
-    return found
-
-
 def calibration(axes: Any, bins: Sequence[Bin], color: str, line: str) -> None:
-    """Points of the fraction labelled good against the mean reward of each of `enough` bins.
+    """Points of the fraction labelled good against the mean reward of each bin, of FEWEST images at least.
 
     A point's area stands for its number of images, its bar is Wilson's 95 % interval. Color `line` is the diagonal's.
     """
     axes.plot([0, 1], [0, 1], color=line, linewidth=0.8, dashes=(4, 3), zorder=1)
-    shown = enough(bins)
-    total = sum(part["count"] for part in shown)
+    total = sum(bin["count"] for bin in bins)
     if total < FEWEST:
         axes.text(0.03, 0.9, f"too few images: {total:.0f}")
-        shown = []
-    for part in shown:
-        ends = wilson_interval(round(part["observed"] * part["count"]), int(part["count"]))
-        axes.vlines(part["predicted"], *ends, color=color, linewidth=1, zorder=2)
-        area = 700 * part["count"] / total
-        axes.scatter(part["predicted"], part["observed"], area, color=color, alpha=0.8, linewidths=0, zorder=3)
+    for bin in bins if total >= FEWEST else ():
+        ends = wilson_interval(round(bin["observed"] * bin["count"]), int(bin["count"]))
+        axes.vlines(bin["predicted"], *ends, color=color, linewidth=1, zorder=2)
+        area = 700 * bin["count"] / total
+        axes.scatter(bin["predicted"], bin["observed"], area, color=color, alpha=0.8, linewidths=0, zorder=3)
     ticks, labels = [0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"]
     axes.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), aspect="equal", xlabel="predicted reward")
     axes.set(xticks=ticks, yticks=ticks, xticklabels=labels, yticklabels=labels)

@@ -467,15 +467,16 @@ def _of_labels(reward: Mapping[str, Any]) -> str:
 
 def _calibration(split: str, bins: Sequence[Mapping[str, float]]) -> str:
     """The chart of the fraction labelled good by predicted reward."""
-    bins = figures.enough([part for part in bins if part.get("count") and None not in part.values()])
+    bins = [bin for bin in bins if bin.get("count") and None not in bin.values()]
     rows = []
-    for part in bins:
-        low, high = wilson_interval(round(part["observed"] * part["count"]), int(part["count"]))
-        rows.append((f"{part['predicted']:.2f}", f"{_number(part['observed'], True)}\n{interval([low, high], True)}",
-                     f"{part['count']:,.0f}"))  # fmt: skip
+    for bin in bins:
+        ends = wilson_interval(round(bin["observed"] * bin["count"]), int(bin["count"]))
+        observed = f"{_number(bin['observed'], True)}\n{interval(ends, True)}"
+        rows.append((f"{bin['predicted']:.2f}", observed, f"{bin['count']:,.0f}"))
     table = _table(("predicted reward", "labelled good", "images"), rows)
-    note = """: fraction of images labelled good, by predicted reward, with 95&nbsp;% intervals. A point’s area is its
-number of images. On the dashed line, the reward is the probability of a good label."""
+    note = """: fraction of images labelled good, by predicted reward, in bins of equally many images, with
+95&nbsp;% intervals. A point’s area is its number of images. On the dashed line, the reward is the probability of a good
+label."""
     return _figure(f"Calibration on {split}", note, table, partial(figures.reliability, bins), (4.3, 4.0))
 
 
