@@ -19,6 +19,7 @@ from helpers import command
 from made_up import GROUPS, HOSTILE, MODELS, of_picture, results, write_run
 
 from minialign.engine.settings import add_flags, given
+from minialign.measures import wilson_interval
 from minialign.pages import figures, normal
 from minialign.pages.report import write_report
 
@@ -342,6 +343,28 @@ def test_further_comparisons_have_a_column_for_every_model_and_gain(tmp_path: Pa
     assert [len(row) for row in rows] == [6] * 7
     assert rows[0][4:] == [("50.0 %", "40.0 to 60.0"), ("+1.9", "−1.0 to +4.0<br>no significant difference")]
     assert [cell for cell, _ in rows[1]] == ["Fréchet distance", "3.410", "4.090", "+0.680", "–", "–"]
+
+
+def test_sets_of_images_have_a_table(tmp_path: Path, tables: None) -> None:
+    values = results()
+    assert "Sets of" not in page_of(write_run(tmp_path / "none", values))
+    compared = {
+        kind: {rater: {"fine-tuned": {"overall": {"won": won, "tied": 0.75 - won, "lost": 0.25, "n": 96}}}}
+        for kind, rater, won in (("alignment", "nine noisy copies", 0.5), ("fidelity", "people & co", 0.125))
+    }
+    values["evaluation"]["sets"] = {"size": 4, "compared": compared}
+    page = page_of(write_run(tmp_path / "sets", values))
+    part = page[page.index("Sets of 4 images of a prompt") : page.index("The reward model</h2>")]
+    assert "two thirds of the raters prefer the fine-tuned model’s set to the base model’s" in part
+    assert re.findall("<th>(.*?)</th>", part) == ["", "won", "tied", "lost", "pairs of sets"]
+    rows = [re.findall("<td>(.*?)<small>(.*?)</small>", row) for row in re.findall("<tr>(<td>.*?)</tr>", part)]
+    ends = [f"{100 * a:.1f} to {100 * b:.1f}" for a, b in (wilson_interval(n, 96) for n in (48, 24, 12))]
+    won, quarter, eighth = zip(("50.0 %", "25.0 %", "12.5 %"), ends)
+    assert rows[0] == [("Alignment", "by nine noisy copies"), won, quarter, quarter, ("96", "")]
+    assert rows[1][:2] == [("Fidelity", "by people &amp; co"), eighth] and rows[1][3] == quarter
+    values["comparisons"] = {"1a2b3c4d": dict(values["evaluation"], models={"base": {}, "fine-tuned": {}, "c": {}})}
+    page = page_of(write_run(tmp_path / "more", values))
+    assert "<small>fine-tuned, by nine noisy copies</small>" in page[page.index("Further comparisons") :]
 
 
 def test_a_calibration_chart_of_few_images_says_so() -> None:

@@ -43,6 +43,7 @@ SINGULAR = {"new combinations": "new combination", "new objects": "new object", 
 MARKS = {"good": "✓ good", "bad": "✗ bad", "skip": "– skip"}  # a sign and a word: color alone would not do
 SHOWN, LARGEST = 6, 256  # pairs of a category before the fold; pixels of the longer side of a picture in the page
 FLAG = "<code>--test-images</code>"
+OUTCOMES = ("won", "tied", "lost")  # of pairs of sets
 FEW = 100  # judged images of each model, below which the page says that they are few
 COSTS = {  # key of an evaluation: name, meaning, whether it is a fraction of images
     "frechet": ("Fréchet distance", "between CLIP features of the images and of {}: lower is better", False),
@@ -302,7 +303,7 @@ def _what_changed(evaluation: Mapping[str, Any], band: Mapping[str, Any], unlike
     """Alignment by kind of prompt, and what else changed; before them, whether normal runs change as much."""
     judge = str(evaluation.get("judge") or "")
     section = _section("What changed", [_groups(evaluation, judge), _changes(evaluation)])
-    return section.replace("</h2>", f"</h2>{_usual(evaluation, band, unlike)}", 1)
+    return section.replace("</h2>", f"</h2>{_usual(evaluation, band, unlike)}", 1) + _sets(evaluation)
 
 
 def _usual(evaluation: Mapping[str, Any], band: Mapping[str, Any], unlike: str) -> str:
@@ -402,10 +403,34 @@ def _changes(evaluation: Mapping[str, Any]) -> str:
     return _table(header, rows)
 
 
+def _sets(evaluation: Mapping[str, Any]) -> str:
+    """A table of the sets of images that raters compared (--sets): each further model's against the first's."""
+    sets, (base, *others) = evaluation.get("sets") or {}, evaluation.get("models") or [""]
+    rows = []
+    for kind, raters in (sets.get("compared") or {}).items():
+        for rater, models in raters.items():
+            for model, groups in models.items():
+                outcome, whose = groups["overall"], f"{model}, " * (len(others) > 1)
+                fractions = [(outcome[name], outcome["n"]) for name in OUTCOMES]
+                ends = [interval(wilson_interval(round(value * n), n), True) for value, n in fractions]
+                cells = [f"{_number(value, True)}\n{span}" for (value, _), span in zip(fractions, ends)]
+                rows.append((f"{_capital(kind)}\n{whose}by {rater}", *cells, f"{outcome['n']:,}"))
+    if not rows:
+        return ""
+    whose = f"the {others[0]} model’s set" if len(others) == 1 else "the named model’s set"
+    note = f"""A pair is won where two thirds of the raters prefer {escape(whose)} to the {escape(base)} model’s, lost
+where two thirds prefer the {escape(base)} model’s, else tied. Alignment counts images that show what their prompt asks for,
+fidelity images that look like a clean drawing. With 95&nbsp;% intervals."""
+    title = f"Sets of {sets['size']} images of a prompt"
+    return f"<h3>{title}</h3><p>{note}</p>{_table(('', *OUTCOMES, 'pairs of sets'), rows)}"
+
+
 def _comparisons(comparisons: Mapping[str, Mapping[str, Any]]) -> str:
-    """The same table of each further comparison, under its models and its name in results.json."""
+    """The same tables of each further comparison, under its models and its name in results.json."""
     tables = [
-        f"<h3>{escape(' and '.join(one.get('models') or ()))} <small>{escape(name)}</small></h3>{_changes(one)}"
+        f"<h3>{escape(' and '.join(one.get('models') or ()))} <small>{escape(name)}</small></h3>"
+        + _changes(one)
+        + _sets(one)
         for name, one in comparisons.items()
     ]
     return f"<h2>Further comparisons</h2>{''.join(tables)}" if tables else ""
