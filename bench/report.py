@@ -243,6 +243,7 @@ def _slopes(sweeps: list[dict[str, Any]]) -> str:
 
 
 def _plot(sweeps: list[dict[str, Any]], path: Path) -> None:
+    """A panel for each sweep in the style of the other figures: lines on logarithmic axes, named at their ends."""
     from matplotlib import ticker
 
     figure, panels = figures.panels(len(sweeps), 1 if len(sweeps) == 1 else 2, 2.9)
@@ -250,12 +251,13 @@ def _plot(sweeps: list[dict[str, Any]], path: Path) -> None:
         lines = list(zip(s["lines"].items(), figures.COLORS, "os^Dv"))
         for (_, y), color, marker in lines:
             axes.plot(s["x"], y, marker=marker, markersize=4.5, linewidth=1.2, color=color)
-        axes.set(xscale="log", yscale="log", xlabel=s["unit"], ylabel="seconds")
-        axes.set_title(s["sweep"], fontsize=10, loc="left")
+        axes.margins(y=0.1)  # below the title, for the names of the lines
+        axes.set(xscale="log", yscale="log", xlabel=s["unit"], ylabel="time")
+        axes.set_title(s["sweep"].replace(" by ", "\nby "), fontsize=10, loc="left")
         axes.set_xticks(s["x"], [f"{x:,}" for x in s["x"]])
         decades = max(map(max, s["lines"].values())) / min(map(min, s["lines"].values())) > 30
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1,) if decades else (1, 2, 3, 5), numticks=10))
-        axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: _seconds(value)))
         axes.minorticks_off()
         figures.name_ends(axes, [(s["x"][-1], y[-1], name, color) for (name, y), color, _ in lines])
     figures.save(figure, path)

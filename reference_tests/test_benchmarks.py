@@ -44,6 +44,20 @@ def write_saved(path, entries):
     path.write_text(json.dumps({"machine_info": info, "datetime": "2026-01-02T03", "benchmarks": entries}))
 
 
+def test_the_lines_of_the_picture_are_named_and_times_have_units(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(report.figures, "save", lambda figure, path: drawn.append(figure))
+    lines = {"minialign": [0.0001, 1.0], "diffusers": [0.0002, 2.0]}
+    report._plot([{"sweep": "a step by images", "unit": "images", "x": [1, 10], "lines": lines}], tmp_path / "x.png")
+    (axes,) = drawn[0].axes
+    drawn[0].canvas.draw()
+    shown = [label.get_text() for label in axes.get_yticklabels()]
+    assert {"0.1 ms", "1 ms", "100 ms", "1 s"} <= set(shown) and axes.get_legend() is None
+    assert {text.get_text(): text.get_color() for text in axes.texts} == dict(zip(lines, report.figures.COLORS))
+    assert axes.get_title(loc="left") == "a step\nby images"
+
+
 def test_report_makes_the_page(tmp_path, monkeypatch):
     """A section a machine: a second run on one takes the first one's place, another machine's stays."""
     pytest.importorskip("matplotlib")

@@ -419,8 +419,8 @@ def _sets(evaluation: Mapping[str, Any]) -> str:
         return ""
     whose = f"the {others[0]} model’s set" if len(others) == 1 else "the named model’s set"
     note = f"""A pair is won where two thirds of the raters prefer {escape(whose)} to the {escape(base)} model’s, lost
-where two thirds prefer the {escape(base)} model’s, else tied. Alignment counts images that show what their prompt asks for,
-fidelity images that look like a clean drawing. With 95&nbsp;% intervals."""
+where two thirds prefer the {escape(base)} model’s, else tied. Alignment counts images that show what their
+prompt asks for, fidelity images that look like a clean drawing. With 95&nbsp;% intervals."""
     title = f"Sets of {sets['size']} images of a prompt"
     return f"<h3>{title}</h3><p>{note}</p>{_table(('', *OUTCOMES, 'pairs of sets'), rows)}"
 
