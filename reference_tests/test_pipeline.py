@@ -234,7 +234,7 @@ def test_one_file_of_xl_without_its_autoencoder(tmp_path):
         save_file(other | {"loss.logvar": torch.zeros(1)}, tmp_path / "vae.safetensors")
         pipe = Pipeline.from_pretrained(path, vae=tmp_path / "vae.safetensors")
         assert pipe.generate("a dog", **how)[0].tobytes() == drawn and pipe.vae.scaling_factor == 0.13025
-    assert original.vae_part(own, xl=False)[0]["scaling_factor"] == 0.18215
+    assert original.vae_component(own, xl=False)[0]["scaling_factor"] == 0.18215
 
     folder = tmp_path / "again"  # saved by another pipeline of XL, whose steps_offset stays
     pipe.save_pretrained(folder)
@@ -306,11 +306,11 @@ SPOILED = {
         lambda f: spoil_json(f / "unet/config.json", transformer_layers_per_block=[[1], [1]]),
         "transformer_layers_per_block=[[1], [1]] is not supported",
     ),
-    "a UNet for inpainting": (inpainting, "unet: in_channels is 17; accepted with the other parts: 8"),
-    "an autoencoder with depth": (depth, "vae: in_channels is 6; accepted with the other parts: 3"),
+    "a UNet for inpainting": (inpainting, "unet: in_channels is 17; accepted with the other components: 8"),
+    "an autoencoder with depth": (depth, "vae: in_channels is 6; accepted with the other components: 3"),
     "a longer tokenizer": (
         lambda f: spoil_json(f / "tokenizer/tokenizer_config.json", model_max_length=99),
-        "tokenizer: model_max_length is 99; accepted with the other parts: 2 to ",
+        "tokenizer: model_max_length is 99; accepted with the other components: 2 to ",
     ),
     "truncated": (lambda f: (f / UNET).write_bytes((f / UNET).read_bytes()[:1000]), f"{UNET}: not a readable"),
     "a missing key": (lambda f: spoil_weights(f / UNET, lambda w: w.pop("conv_in.bias")), "lacks conv_in.bias"),

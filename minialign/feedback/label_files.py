@@ -58,7 +58,7 @@ def read_feedback(path: Path, reading: Reading = USUAL) -> list[tuple[str, Path,
     """(prompt, image file, verdict) rows of a label file: a table or JSON with columns prompt, image, label.
 
     Image paths are relative to the file's folder. Labels are good, bad or skip (or 1/0, true/false, yes/no), in any
-    case; `reading` names others. The majority counts where the file judges a pair of prompt and image several times.
+    case; `reading` names others. The majority counts where the file labels a pair of prompt and image several times.
     InputError names the file, the line and what is accepted; every image is opened, and at least one must be good.
     """
     rows = [(row.prompt, row.image, row.verdict or "skip") for row in read_labels(path, reading)]
@@ -77,7 +77,7 @@ def read_judgements(
 ) -> tuple[list[FileLabel], list[FileComparison]]:
     """The labels and the comparisons of a file of any of the shapes of rows.py; errors as of `read_feedback`.
 
-    Where one labeller judges an image, or two images, several times, the latest verdict is kept: by time, where a line
+    Where one labeller labels an image, or two images, several times, the latest verdict is kept: by time, where a line
     without a time is as late as the reading; of the same time, the later line's. unlabelled: images without a label are
     read too, with None for the verdict.
     """
@@ -161,7 +161,7 @@ def import_labels(store: FeedbackStore, path: Path, reading: Reading = USUAL) ->
     """Take the labels and comparisons of a file into the store; how many of each are new or newer than the store's.
 
     Images that are not in the store are added. A label without a labeller is by the file's name, with a number where
-    the file judges a pair of prompt and image again; without a time it is now.
+    the file labels a pair of prompt and image again; without a time it is now.
     """
     return store.merge(*new_judgements(store.folder, path, reading))
 

@@ -120,7 +120,7 @@ def judgements(
 ) -> Iterator[Verdict | Preference]:
     """What a row, with its columns as `named` has them, says of images. InputError says what is wrong `where`.
 
-    A row whose label is empty, null or nan, as pandas writes a gap, is an image that nobody has judged yet; with
+    A row whose label is empty, null or nan, as pandas writes a gap, is an image that nobody has labelled yet; with
     `unlabelled` also one without a column of labels.
     """
     shape = next((shape for shape in SHAPES if all(what in row for what in shape.columns)), SHAPES[-1])

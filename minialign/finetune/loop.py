@@ -193,7 +193,7 @@ def finetune(
             loss, errors = backward(state, schedule, data, sample)
             # 3. AdamW's update of the UNet by the clipped gradient (appendix D); the average of the weights follows.
             norm = state.update(step, loss)
-            # 4. Every few steps look at the numbers, save and validate: reading from a GPU waits for it.
+            # 4. Every few steps log the numbers, save and validate: reading from a GPU waits for it.
             done, last = step + 1, step + 1 == s.steps
             asked = any(gathered(stop.asked))  # among hosts: no device is waited for
             save = asked or last or done % s.checkpoint_every == 0

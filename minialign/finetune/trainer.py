@@ -130,7 +130,7 @@ def finetune_pipeline(
             pipe = load()
             load_lora(pipe.unet, folder / "lora.safetensors")
             merge_lora(pipe.unet)
-        pipe.card = ""  # the base model's; this model's is written when it has been judged
+        pipe.card = ""  # the base model's; this model's is written after its evaluation
         card = folder / "model" / "README.md"
         with atomic(folder / "model", replace_folder="model_index.json") as temporary:
             pipe.save_pretrained(temporary)

@@ -136,7 +136,7 @@ def contrastive_table(
 ) -> tuple[list[str], Tensor]:
     """A table of texts, and for each of the prompts (B,) the rows (B,N) of itself and of its contrastive prompts.
 
-    Contrastive prompts are other prompts that have feedback, `among`, never one that nobody judged: the model would
+    Contrastive prompts are other prompts that have feedback, `among`, never one that nobody labelled: the model would
     learn that it is wrong for every image. same[prompt]: its token ids, which distinguish prompts. -1 stands for
     none. own[prompt], where it is there, takes the place of all this: what it says is its author's choice.
     """
