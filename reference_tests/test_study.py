@@ -150,7 +150,7 @@ def test_a_reward_is_measured_by_what_scores_in_a_cell_on_pairs_of_each_group(tm
     here: Any = SimpleNamespace(folder=tmp_path, clip=clip, pool_items=items, pool=pool)
     found = measured(lambda image, text: torch.tensor([0.9, 0.8, 0.0, 0.4, 0.4, 0.6])[image[:, 0].long()], here)
     assert found["pairs, seen"] == 1 and found["pairs, new objects"] == 0.25  # a tie and a mistake
-    assert found["ece, seen"] == pytest.approx((0.1 + 0.8) / 2)
+    assert found["ece, seen"] == pytest.approx(abs((0.9 + 0.8) / 2 - 0.5))  # two images are one bin
     assert set(found) == {f"{one}, {group}" for one in ("pairs", "auc", "ece") for group in ("seen", "new objects")}
 
 

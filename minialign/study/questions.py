@@ -45,10 +45,10 @@ RATED = {NOISY: f"{NOISY}, each wrong on {WRONG:.0%} of the images", SIMULATED: 
 # ------------------------------------------------------------------------------------------------- the paper's findings
 def findings(groups: Sequence[str]) -> list[Finding]:
     """What Lee et al. 2023 found, as differences of two numbers of the study; `groups` of prompts, seen ones first."""
-    results = []
+    asked = []
     for group in groups:
         pairs = f"pairs, {group}"
-        results += [
+        asked += [
             Finding("Fig. 3a", f"r predicts the preferred image of a pair better than CLIP; prompts: {group}",
                     ("default", pairs), ("clip", pairs), 1),
             Finding("Fig. 3a", f"the auxiliary loss helps; prompts: {group}",
@@ -62,7 +62,7 @@ def findings(groups: Sequence[str]) -> list[Finding]:
         return Finding(source, claim, won, lost, expected)
 
     tuned, best, tuned_or_best = (match.key for match in MATCHES)
-    results += [
+    asked += [
         of_sets("Fig. 4", "alignment of sets of four: 50 % won, 3 % lost", tuned, "alignment", 1),
         of_sets("Fig. 4", "fidelity of sets of four: 10 % won, 15 % lost", tuned, "fidelity", -1),
         of_table_3("FID 26.59 on labelled images alone, 13.97 before", "labelled", "base", "fidelity", 1),
@@ -77,7 +77,7 @@ def findings(groups: Sequence[str]) -> list[Finding]:
         of_sets("Fig. 6", f"fine-tuned against {BEST}, alignment: 20 to 10 %", tuned_or_best, "alignment", 1),
         of_sets("Fig. 6", f"fine-tuned against {BEST}, fidelity: 3 to 20 %", tuned_or_best, "fidelity", -1),
     ]
-    return results
+    return asked
 
 
 def of_table_3(claim: str, cell: str, other: str, metric: str, expected: int) -> Finding:
