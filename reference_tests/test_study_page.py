@@ -73,11 +73,11 @@ def test_the_verdict_is_by_the_rule():
     up, down, same = (Finding("Fig. 1", "claim", ("a", "aligned"), ("b", "aligned"), sign) for sign in (1, -1, 0))
     clear, unclear = Contrast(0.1, 0.05, 0.15, 0.001), Contrast(0.02, -0.03, 0.07, 0.3)
     assert (verdict(up, clear, 0.01), verdict(down, clear, 0.01)) == ("reproduces", "does not")
-    assert verdict(up, clear, 0.06) == verdict(down, unclear, 0.3) == "inconclusive"  # corrected, it is not clear
+    assert verdict(up, clear, 0.06) == verdict(down, unclear, 0.3) == "cannot be told"  # corrected, it is not clear
     assert verdict(same, Contrast(0.01, -0.02, 0.04, 0.3), 1) == "reproduces"  # within five points
     assert verdict(same, Contrast(0.1, 0.06, 0.14, 0.01), 1) == "does not"
-    assert verdict(same, unclear, 1) == verdict(same, Contrast(0.04, 0.02, 0.06, 0.01), 1) == "inconclusive"
-    assert verdict(up, Contrast(math.nan, math.nan, math.nan, 1), 1) == "inconclusive"
+    assert verdict(same, unclear, 1) == verdict(same, Contrast(0.04, 0.02, 0.06, 0.01), 1) == "cannot be told"
+    assert verdict(up, Contrast(math.nan, math.nan, math.nan, 1), 1) == "cannot be told"
 
 
 def test_findings_are_differences_within_seeds():

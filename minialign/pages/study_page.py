@@ -184,21 +184,21 @@ def mean_of(numbers: Tensor) -> Contrast:
 
 
 def verdict(finding: Finding, one: Contrast, p: float) -> str:
-    """The rule: "reproduces" or "does not" where the data show it, else "inconclusive".
+    """The rule: "reproduces" or "does not" where the data show it, else "cannot be told".
 
     A difference reproduces where its corrected p value is below 5 % and its sign is the paper's, and does not where the
     sign is the other one. No difference reproduces where the interval lies within the margin, and does not where it
     lies outside of it.
     """
     if math.isnan(one.difference):
-        return "inconclusive"
+        return "cannot be told"
     if finding.expected:
         if p >= 0.05:
-            return "inconclusive"
+            return "cannot be told"
         return "reproduces" if one.difference * finding.expected > 0 else "does not"
     if -finding.margin < one.low and one.high < finding.margin:
         return "reproduces"
-    return "does not" if one.low > finding.margin or one.high < -finding.margin else "inconclusive"
+    return "does not" if one.low > finding.margin or one.high < -finding.margin else "cannot be told"
 
 
 def judged_findings(
