@@ -36,6 +36,10 @@ def test_a_table_and_json_lines_hold_the_weights(run, tmp_path):
     with open(tmp_path / "out" / "weights.csv", encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file))
     lines = [json.loads(line) for line in (tmp_path / "out" / "weights.jsonl").read_text().splitlines()]
+    export_rewards(run, tmp_path / "out" / "metadata.jsonl", run / REWARDS)  # as the hub's imagefolder has it
+    hub = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
+    assert [list(row) for row in hub] == [["file_name", "text", "reward", "weight"]] * 4
+    assert [list(row.values()) for row in hub] == [list(row.values()) for row in lines]
     assert [row["prompt"] for row in lines] == PROMPTS
     assert [row["prompt"] for row in table] == ["'=a fox", *PROMPTS[1:]]  # which no spreadsheet runs
     for rows in (table, lines):
@@ -48,6 +52,7 @@ def test_a_table_and_json_lines_hold_the_weights(run, tmp_path):
 
 
 def test_folders_repeat_images_in_proportion_to_their_reward(run, tmp_path):
+    export_rewards(run, tmp_path / "kohya-1.5", run / REWARDS)  # a name may have a dot
     said = export_rewards(run, tmp_path / "kohya", run / REWARDS)
     assert said == "3 of 4 images, 20 with their repeats"
     left = {path.relative_to(tmp_path / "kohya").as_posix() for path in (tmp_path / "kohya").rglob("*.*")}
@@ -76,4 +81,8 @@ def test_an_export_replaces_nothing_and_tells_what_is_missing(run, tmp_path):
     (run / REWARDS).unlink()
     with pytest.raises(InputError, match="no rewards yet; python -m minialign.reward"):
         export_rewards(run, tmp_path / "none.csv", run / REWARDS)
+    for name in ("weights.json", "weights.txt", "weights.parquet"):
+        with pytest.raises(InputError, match="accepted: a name that ends in .csv, .tsv, .jsonl, or that of a folder"):
+            export_rewards(run, tmp_path / name, run / REWARDS)
+        assert not (tmp_path / name).exists()
     assert not (tmp_path / "none").exists() and not (tmp_path / "none.csv").exists()

@@ -309,7 +309,7 @@ def test_files_of_labels_are_read(images, kind):
             "no column 'image'; columns needed: prompt, image, label; found: prompt, pict",
         ),
         ("prompt,image,label\na,,good\n", "line 2: no 'image'; columns needed"),
-        ("prompt,image,label\n", "labels.csv: has no labels"),
+        ("prompt,image,label\n", "labels.csv: no row of it judges an image; accepted: labels, pairs or rankings"),
         ("", "labels.csv: is empty"),
         ("prompt,image,label,Label\na,0.png,good,bad\n", "line 1: the column 'label' is there twice"),
         ("prompt,image,label\na,9.png,good\n", "9.png does not exist"),

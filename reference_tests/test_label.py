@@ -771,8 +771,10 @@ def test_images_that_no_run_can_be_begun_with_are_one_line(run, tmp_path, monkey
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("mine")
     (tmp_path / "x.csv").write_text("prompt,image\na cat,photos/a.png\na dog,photos/nowhere.png\n")
+    (tmp_path / "y.csv").write_text("what,image\na cat,photos/a.png\n")
     for arguments, message in (
-        ((source,), "c.png: it has no caption"),
+        ((source,), "c.png: it has no caption; accepted: a caption for each image, in metadata.jsonl, metadata.csv"),
+        (("y.csv",), "no column 'prompt'; columns needed: prompt, image; found: what, image; one of another name"),
         (("thesis",), "thesis: holds no images with captions"),
         (("x.csv",), "x.csv, line 3: image photos/nowhere.png does not exist"),
         (("x.csv", "--out", "thesis"), "thesis: holds files that are not a run's"),

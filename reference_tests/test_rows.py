@@ -88,6 +88,9 @@ def test_a_list_has_one_verdict_a_person_and_an_object_of_objects_is_named_by_im
     assert taken(images, rows)[0] == expected
     as_table = [("caption", "image", "human_labels"), ("six vases", "0.png", '"[0, 1, 1]"')]
     assert taken(images, as_table, kind="csv")[0] == expected[:3]
+    as_python = [("prompt", "generations", "ranking"), ("six vases", "\"['0.png', '1.png']\"", '"[1, 2]"')]
+    with pytest.raises(InputError, match=r"line 2: generations .*not JSON .*accepted: .1, 0. or .*in double quotes$"):
+        taken(images, as_python, kind="csv")
 
 
 @pytest.mark.parametrize("names", [("text", "file_name", "label"), ("caption", "image_path", "human_labels")])
@@ -231,7 +234,12 @@ PAIR = {"prompt": "a", "image_0": "0.png", "image_1": "1.png", "label_0": 1, "la
     (PAIR | {"image_1": "9.png"}, "9.png does not exist"),
     (PAIR | {"image_1": ["1.png"]}, "image_1 ['1.png']; accepted: text"),
     (PAIR | {"prompt": ""}, "no 'prompt'"),
-    ({"prompt": "a", "chosen": "0.png"}, "no column 'image'; columns needed: prompt, image, label; found: prompt, cho"),
+    ({"prompt": "a", "chosen": "0.png"}, "no column 'rejected'; columns needed: prompt, chosen, rejected; found: pro"),
+    # as the hub has Pick-a-Pic
+    ({"caption": "a", "jpg_0": "x", "jpg_1": "y", "label_0": 1, "label_1": 0}, "no column 'image_0'; columns needed"),
+    ({"prompt": "a", "image": "https://example.org/0.png", "label": 1}, "image 'https://example.org/0.png' is an addr"),
+    (PAIR | {"image_1": "data:image/png;base64,"}, "is an address; accepted: a file on this machine"),
+    ({"prompt": "a", "image": "0.png", "human_labels": [1, None]}, "good, bad, skip; --skip none"),
     ({"prompt": "a", "generations": ["0.png"], "ranking": [1]}, "1 images in generations, 1 numbers in ranking"),
     ({"prompt": "a", "generations": ["0.png", "1.png"], "ranking": [1]}, "2 images in generations, 1 numbers in rank"),
     ({"prompt": "a", "generations": ["0.png", "1.png"], "ranking": [1, "x"]}, "ranking [1, 'x']; accepted: a list of"),
@@ -242,7 +250,8 @@ PAIR = {"prompt": "a", "image_0": "0.png", "image_1": "1.png", "label_0": 1, "la
     ({"prompt": "a", "image": "0.png", "other": "1.png", "verdict": "left"}, "'left'; accepted: this, other, tie"),
     ({"prompt": "a", "image": "0.png", "label": [1, 0], "labeller": "ann"}, "a list of labels, one a person, and"),
     ({"prompt": "a", "image": "0.png", "label": 1, "soft": 2}, "soft 2; accepted: a number from 0 to 1"),
-    ({"prompt": "a", "image": "0.png"}, "no column 'label'; columns needed: prompt, image, label"),
+    ({"prompt": "a", "image": "0.png"}, "no column 'label'; columns needed: prompt, image, label; found: pro"),
+    ({"prompt": "a", "image": "0.png", "y": 1}, "found: prompt, image, y; one of another name: --columns label=NAME"),
 ])  # fmt: skip
 def test_a_row_that_cannot_be_is_named_and_nothing_is_taken(images, row, message):
     good = {"prompt": "a", "image": "2.png", "label": 1}
@@ -274,11 +283,21 @@ def test_the_command_takes_them_all(images, capsys):
     assert code == 0 and "3 new labels from" in out, err
     with closing(FeedbackStore(images / "run")) as store:
         assert store.labels() == {2: 1.0, 3: 0.0} and store.labels(soft=True) == {2: 0.75, 3: 0.25}
+    rows = "prompt,image,label\na,0.png,-1\na,1.png,unsure\nb,1.png,0.5\n"
+    (images / "z.csv").write_text(rows)
+    again = (images / "again", "--import", images / "z.csv", "--skip", "unsure,-2", "--scale", "-1,1")
+    assert command(label, capsys, *again)[0] == 0  # a number below 0 is no flag
+    with closing(FeedbackStore(images / "again")) as store:
+        assert store.labels(soft=True) == {1: 0.0, 3: 0.75}
+    (images / "z.csv").write_text(rows.replace("0.5", "1"))
+    assert command(label, capsys, images / "third", "--import", images / "z.csv", "--skip", "-1,unsure")[0] == 0
     (images / "y.json").write_text(json.dumps([PAIR]))
     code, out, _ = command(label, capsys, images / "run", "--import", images / "y.json")
     assert code == 0 and "0 new labels, 1 new comparison from" in out
     code, out, _ = command(label, capsys, images / "run", "--summary")
     assert "3 labels by 1 labeller on 3 of 3 images\n1 comparison of two images\n" in out
+    code, out, _ = command(label, capsys, images / "run", "--export", images / "out.csv")
+    assert code == 0 and f"1 comparison of two images: --compare {images / 'run'} --export ANOTHER_FILE" in out
 
 
 # ------------------------------------------------------------------------------------------------------ the hub's names

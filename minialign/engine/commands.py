@@ -49,6 +49,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
         self._positionals.title, self._optionals.title = "folder", "run"  # groups of --help, before those of the stages
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # no flag begins so: --scale -1,1 is a flag and its value
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (--help explains every flag)\n")

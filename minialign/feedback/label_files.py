@@ -23,7 +23,6 @@ from .store import LONGEST_NAME, FeedbackStore, NewComparison, NewLabel, clean_n
 from .tables import LINES, TABLES, columns_needed, lines_of, read_rows, read_text, write_rows
 
 COLUMNS = ("prompt", "image", "label", "labeller", "time", "seed", "sha256", "settings", "soft")  # three are needed
-IMAGEFOLDER = {"prompt": "text", "image": "file_name"}  # what the hub's imagefolder calls them, in metadata.csv, .jsonl
 COMPARED = ("prompt", "image", "other", "verdict", "side", "labeller", "time", "seed", "images")
 LONGEST_SHAPE = 32  # an image's longer side by its shorter one: CLIP scales the shorter one to 224 pixels
 # how a row of a label file ends that a quote swallowed
@@ -92,7 +91,7 @@ def read_judgements(
                 continue
             latest[key] = judgement
     if not latest:
-        raise InputError(f"{path}: has no labels; {columns_needed(COLUMNS[:3], ())}")
+        raise InputError(f"{path}: no row of it judges an image; accepted: labels, pairs or rankings of images")
     labels = [judgement for judgement in latest.values() if isinstance(judgement, FileLabel)]
     return labels, [judgement for judgement in latest.values() if isinstance(judgement, FileComparison)]
 
@@ -110,13 +109,13 @@ def _read_judgements(
         labeller, time, seed = _besides(row, where)
         if isinstance(judgement, Preference):
             image, other = (
-                _image(path.parent / file, None, where, opened) for file in (judgement.image, judgement.other)
+                _image(path.parent, file, None, where, opened) for file in (judgement.image, judgement.other)
             )
             if image == other:
                 raise InputError(f"{where}: image {image} is compared with itself; accepted: two images")
             yield FileComparison(prompt, image, other, judgement.verdict, labeller, time)
         else:
-            image = _image(path.parent / judgement.image, row.get("sha256"), where, opened)
+            image = _image(path.parent, judgement.image, row.get("sha256"), where, opened)
             soft = judgement.soft if judgement.soft is not None else _soft(row, where)
             yield FileLabel(prompt, image, judgement.verdict, labeller, time, seed, soft)
 
@@ -145,8 +144,11 @@ def _soft(row: dict[str, Any], where: str) -> float | None:
     return soft
 
 
-def _image(image: Path, sha256: Any, where: str, opened: dict[Path, str | None]) -> Path:
-    """The file of an image, once it has been checked."""
+def _image(folder: Path, named: str, sha256: Any, where: str, opened: dict[Path, str | None]) -> Path:
+    """The file of an image that a label file in `folder` names, once it has been checked."""
+    if re.match(r"(https?|s3|gs|hf|data):", named):
+        raise InputError(f"{where}: image {named[:80]!r} is an address; accepted: a file on this machine")
+    image = folder / named
     if image not in opened:
         check_image(image, where)
         opened[image] = None
@@ -227,12 +229,10 @@ def new_judgements(
 def export_labels(store: FeedbackStore, path: Path) -> int:
     """Write all labels to a label file, its kind by its name; their number.
 
-    Image paths are relative to the file's folder, so that `read_labels` reads it where it is. A file whose name is
-    metadata.csv or metadata.jsonl has the columns' names of the hub's imagefolder.
+    Image paths are relative to the file's folder, so that `read_labels` reads it where it is.
     """
     place = _Places(store.folder, path)
-    columns = [IMAGEFOLDER.get(name, name) if path.stem == "metadata" else name for name in COLUMNS]
-    return write_rows(path, columns, ((row[0], place(row[1]), *row[2:]) for row in store.label_rows()))
+    return write_rows(path, COLUMNS, ((row[0], place(row[1]), *row[2:]) for row in store.label_rows()))
 
 
 def export_comparisons(store: FeedbackStore, path: Path) -> int:

@@ -123,7 +123,7 @@ def judgements(
     A row whose label is empty, null or nan, as pandas writes a gap, is an image that nobody has labelled yet; with
     `unlabelled` also one without a column of labels.
     """
-    shape = next((shape for shape in SHAPES if all(what in row for what in shape.columns)), SHAPES[-1])
+    shape = _shape(row)
     if shape.read is _pair and WORDS.get(plain(row.get("has_label", True))) == "bad":
         return  # a pair without a label, whose cells may be empty, says nothing
     gap = "label" in row and (label := plain(row["label"])) in ("", "none", "nan") and label not in reading.skip
@@ -131,12 +131,22 @@ def judgements(
     needed = shape.columns[:1] if unjudged else shape.columns
     for what in ("prompt", *needed):
         if row.get(what) in (None, ""):
-            missing = f"no {what!r}" if what in row else f"no column {what!r}"
-            raise InputError(f"{where}: {missing}; {columns_needed(('prompt', *shape.columns), row)}")
+            missing, accepted = f"no {what!r}", ""
+            if what not in row:
+                missing, accepted = f"no column {what!r}", f"; one of another name: --columns {what}=NAME"
+            raise InputError(f"{where}: {missing}; {columns_needed(('prompt', *needed), row)}{accepted}")
     if unjudged:
         yield Verdict(as_text(row, "image", where), None)
     else:
         yield from shape.read(row, where, reading)
+
+
+def _shape(row: Mapping[str, Any]) -> Shape:
+    """The first shape whose columns are all there; where there is none, the one that the row is meant to be."""
+    complete = next((shape for shape in SHAPES if all(what in row for what in shape.columns)), None)
+    if complete is None and "image" not in row:
+        complete = max(reversed(SHAPES), key=lambda shape: sum(what in row for what in shape.columns))
+    return complete or SHAPES[-1]
 
 
 def named(row: Mapping[str, Any], where: str, reading: Reading) -> dict[str, Any]:
@@ -181,7 +191,8 @@ def _list(row: Mapping[str, Any], what: str, where: str) -> list[Any]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: {what} {row[what]!r:.80}: not JSON ({error}); accepted: [1, 0]") from error
+            told = f"{where}: {what} {row[what]!r:.80}: not JSON ({error})"
+            raise InputError(f'{told}; accepted: [1, 0] or ["0.png", "1.png"], in double quotes') from error
     if not isinstance(value, list) or not value:
         raise InputError(f"{where}: {what} {value!r:.80}; accepted: a list")
     return value
@@ -238,6 +249,8 @@ def _verdict(value: Any, where: str, reading: Reading) -> tuple[str, float | Non
 
 
 def _hint(word: str) -> str:
+    if word in ("none", "nan"):
+        return f"; --skip {word}"
     number = as_number(word)
     return "" if number is None else f"; --skip {word}" if number < 0 else "; of scores: --good-from or --scale"
 
@@ -290,7 +303,7 @@ def _compared(row: Mapping[str, Any], where: str, reading: Reading) -> Iterator[
     yield Preference(as_text(row, "image", where), as_text(row, "other", where), verdict)
 
 
-SHAPES = (  # the first whose columns are all there; the last is what a row is meant to be where none fits
+SHAPES = (  # the first whose columns are all there
     Shape(("image_0", "image_1", "label_0", "label_1"), _pair),
     Shape(("generations", "ranking"), _ranking),
     Shape(("file_path", "human_preference"), _choice),

@@ -22,6 +22,7 @@ LINES = (".jsonl", ".ndjson", ".json")
 SEPARATORS = ",;\t"
 FORMULA = re.compile(r"'*[=+\-@\t\r]")  # how a cell begins that a spreadsheet would run
 JSON = "one JSON object per line, one array of objects, or one object of objects"
+IMAGEFOLDER = {"prompt": "text", "image": "file_name"}  # what the hub's imagefolder calls these columns
 KEY = "(its name)"  # the column that holds the name of each object in a JSON object of objects
 
 
@@ -148,8 +149,13 @@ def _unguarded(cell: str) -> str:
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
-    """Write a table or JSON lines; the number of rows."""
+    """Write a table or JSON lines; the number of rows.
+
+    A file whose name is metadata.csv or metadata.jsonl has the columns' names of the hub's imagefolder.
+    """
     kind = path.suffix.lower()
+    if path.stem == "metadata":
+        columns = [IMAGEFOLDER.get(name, name) for name in columns]
     if kind not in (*TABLES, ".jsonl"):
         raise InputError(f"{path}: cannot be written; accepted: a name that ends in .csv, .tsv or .jsonl")
     if path.is_dir():

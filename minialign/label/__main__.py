@@ -147,6 +147,8 @@ def main() -> None:
         if args.export is not None:
             count = (export_labels if args.compare is None else export_comparisons)(store, args.export)
             print(f"{args.export}: {number(count, 'label' if args.compare is None else 'comparison')}")
+            if args.compare is None and (pairs := len(store.preferred())):
+                print(f"{number(pairs, 'comparison')} of two images: --compare {args.run} --export ANOTHER_FILE")
         else:
             serve(store, args, roots)
     finally:

@@ -20,7 +20,8 @@ class _Strict(Skipped):
         self.source = source
 
     def add(self, error: Unusable, listed: bool = False) -> None:
-        raise error
+        accepted = "; accepted: a caption for each image, in metadata.jsonl, metadata.csv or a .txt file beside it"
+        raise InputError(f"{error}{accepted * error.why.endswith('has no caption')}") from error
 
 
 def begin(source: Path, out: Path | None, reading: Reading) -> tuple[Path, list[Path]]:

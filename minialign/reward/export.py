@@ -48,6 +48,9 @@ def export_rewards(folder: Path, path: Path, rewards: Path) -> str:
 
 def check_place(path: Path) -> None:
     """InputError where something is at `path` that an export would replace."""
+    kind = path.suffix.lower()
+    if kind not in FILES and kind[1:].isalpha() and not path.is_dir():
+        raise InputError(f"--export {path}: accepted: a name that ends in {', '.join(FILES)}, or that of a folder")
     if path.is_file() or path.is_symlink() or (path.is_dir() and any(path.iterdir())):
         raise InputError(f"--export {path}: is there; accepted: a new name, or an empty folder")
 
