@@ -33,7 +33,7 @@ class InputError(ValueError):
 MALFORMED = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError, MemoryError)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What went wrong, in one line."""
     return str(error).strip().split("\n")[0] or type(error).__name__
 

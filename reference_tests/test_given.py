@@ -137,7 +137,8 @@ def test_several_rewards_are_averaged_by_their_weights():
     ("return [0.5]", "1 numbers for 2 images"),
     ("return [0.1, float('nan')]", "nan for .*b.png; accepted: finite numbers"),
     ("return 1 / 0", "failed on .*ZeroDivisionError: division by zero, .*bad.py:2"),
-    ("return ['x', 'y']", "failed on"),
+    ("return ['x', 'y']", r"failed on .*too many dimensions 'str'\)$"),
+    ("raise SystemExit('no key')", "failed on .*SystemExit: no key, .*bad.py:2"),
 ])  # fmt: skip
 def test_a_function_that_fails_is_one_line(tmp_path, body, message):
     for name in "ab":
@@ -233,9 +234,33 @@ def test_a_function_counts_by_its_content_and_runs_only_where_it_is_named(run, t
     code, _, err = command(main, capsys, run, "--reward", large, "--redo")
     found = json.loads((run / "reward" / "held_out.json").read_text())["terms"][0]["how"] if not code else err
     assert "fitted to the labels" in found or "a higher number is no better" in found
-    for wrong, message in ((f"{tmp_path / 'mine.py'}:none", "AttributeError"), ("no.such.module:f", "ModuleNotFound")):
+    (tmp_path / "ends.py").write_text("import sys\nsys.exit(0)\n")  # a script, not a module
+    for wrong, message in (
+        (f"{tmp_path / 'mine.py'}:none", f"no function 'none' in {tmp_path / 'mine.py'}; accepted: one of (images, "),
+        ("no.such.module:f", "cannot be loaded (ModuleNotFoundError: No module named 'no'); accepted: module:function"),
+        (f"{tmp_path / 'ends.py'}:f", f"cannot be loaded (SystemExit: 0, {tmp_path / 'ends.py'}:2); accepted"),
+    ):
         code, _, err = command(main, capsys, run, "--reward", wrong, "--redo")
         assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_after_a_mistake_the_run_is_as_usable_as_before(run, tmp_path, capsys):
+    """A function that fails leaves no stage behind, and a file that cannot be read removes no result."""
+    (tmp_path / "mine.py").write_text("def f(images, prompts):\n    return [0.5]\n")
+    named = ("--reward", f"{tmp_path / 'mine.py'}:f")
+    assert "1 numbers for 32 images" in command(main, capsys, run, *named)[2]
+    (tmp_path / "mine.py").write_text("def f(images, prompts):\n    return [0.5] * len(images)\n")
+    code, _, err = command(main, capsys, run, *named)  # without --redo, for nothing was done
+    assert code == 0, err
+    small = ("--reward-steps", 2, "--hidden", 32, "--reward", "learned", "--redo")
+    assert command(main, capsys, run, *small)[0] == 0
+    before = {path: path.read_bytes() for path in (run / "reward").iterdir()}
+    (tmp_path / "own.json").write_text('["a red circle"]')
+    code, _, err = command(main, capsys, run, *small, "--contrastive", tmp_path / "own.json")
+    assert code == 2 and "own.json: a JSON object is needed, not list" in err
+    assert {path: path.read_bytes() for path in (run / "reward").iterdir()} == before
+    code, _, err = command(main, capsys, run, "--reward", shutil.copytree(run, tmp_path / "other"), "--redo")
+    assert code == 2 and f"other: a run, not a reward model; accepted: {tmp_path / 'other' / 'reward'}\n" in err
 
 
 def test_the_main_job_runs_by_a_function_without_a_label(tmp_path, capsys):

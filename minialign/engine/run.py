@@ -210,6 +210,10 @@ class Run:
         if left:
             raise InputError(f"{self.folder}: cannot be removed: {', '.join(left[:3])}")
         self._forget_metrics(name)
+        self.forget(name)
+
+    def forget(self, name: str) -> None:
+        """Take a stage for one that was never begun, so that it may be done with other settings."""
         del self.stages[name]
         write_json(self.folder / "stages.json", self.stages)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..data.cache import clip_digest
 from ..engine.run import REDO, Run, digest, file_digest
 from ..engine.settings import of_stage
+from ..feedback import FeedbackStore
 from ..files import InputError, atomic, checksum, read_bytes, read_json, write_json, write_tensors
 from ..measures import measure, platt, ranked_right
 from ..models.clip import CLIP
@@ -29,6 +31,7 @@ from .labels import (
     Split,
     check_labels,
     read_comparisons,
+    read_contrastive,
     read_labelled,
     read_labels,
     split_feedback,
@@ -195,7 +198,9 @@ def learn_from_run(run: Run, settings: dict[str, Any], device: torch.device, red
         made_from = labels_digest(run.folder, settings["soft"], rewards.learned)
         if rewards.learned:
             made_from["clip"] = digest(clip_digest(rewards.clip(settings["clip"])))
-            if settings["contrastive"] is not None:
+            if settings["contrastive"] is not None:  # a mistake in it is told before an earlier result is removed
+                with closing(FeedbackStore(run.folder, read_only=True)) as store:
+                    read_contrastive(Path(settings["contrastive"]), [image.prompt for image in store.images()])
                 made_from["contrastive prompts"] = digest(read_bytes(Path(settings["contrastive"])))
         return made_from if rewards.only_learned else made_from | {"reward": rewards.digest()}
 
@@ -203,10 +208,14 @@ def learn_from_run(run: Run, settings: dict[str, Any], device: torch.device, red
     if not rewards.only_learned:
         why = f"all images are scored by --reward {settings['reward']}"
     with run.stage("reward", why, settings, inputs, redo=redo) as todo:
-        if todo and rewards.learned:
-            learn(run.folder, rewards.clip(settings["clip"]), settings, run.log("reward"))
-        if todo and not rewards.only_learned:
-            score(run.folder, rewards, settings)
+        try:
+            if todo and rewards.learned:
+                learn(run.folder, rewards.clip(settings["clip"]), settings, run.log("reward"))
+            if todo and not rewards.only_learned:
+                score(run.folder, rewards, settings)
+        except InputError:  # such as a function that fails: its author corrects it, and the stage begins anew
+            run.forget("reward")
+            raise
 
 
 def score(folder: Path, rewards: Rewards, settings: dict[str, Any]) -> None:

@@ -30,13 +30,14 @@ def load_function(what: str) -> tuple[Callable[..., Any], Path]:
     place, _, name = what.rpartition(":")
     try:
         module = _module(place, checksum(Path(place))) if place.endswith(".py") else importlib.import_module(place)
-        function, file = getattr(module, name), Path(str(module.__file__))
-    except Exception as error:
+        function, file = getattr(module, name, None), Path(str(module.__file__))
+    except (Exception, SystemExit) as error:  # a script that is not guarded by __name__ == "__main__" ends itself
         raise InputError(
             f"--reward {what}: cannot be loaded ({_told(error)}); accepted: module:function or FILE.py:function"
         ) from error
     if not callable(function):
-        raise InputError(f"--reward {what}: not a function; accepted: one of (images, prompts) that returns numbers")
+        told = f"no function {name!r} in {file}"
+        raise InputError(f"--reward {what}: {told}; accepted: one of (images, prompts) that returns numbers")
     return function, file
 
 
@@ -83,7 +84,7 @@ def _checked(what: str, function: Callable[..., Any], paths: Sequence[Path], pro
     try:
         with torch.no_grad():
             numbers = torch.as_tensor(function(images, list(prompts))).detach().to("cpu", torch.float64).reshape(-1)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"--reward {what}: failed on {paths[0]} ... ({_told(error)})") from error
     if len(numbers) != len(paths):
         raise InputError(f"--reward {what}: {len(numbers)} numbers for {len(paths)} images; accepted: one for each")
@@ -93,6 +94,8 @@ def _checked(what: str, function: Callable[..., Any], paths: Sequence[Path], pro
     return numbers
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
+    """An error and where it was raised, unless that is here or in the system that imports modules."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {first_line(error)}, {last.filename}:{last.lineno}"
+    ours = last.filename.startswith((str(Path(__file__).parents[1]), "<frozen importlib"))
+    return f"{type(error).__name__}: {first_line(error)}" + ("" if ours else f", {last.filename}:{last.lineno}")

@@ -93,6 +93,8 @@ def check_terms(terms: Sequence[Term], named: bool) -> None:
 
 def load_reward(folder: Path, device: torch.device | str = "cpu") -> RewardModel:
     """The reward model of a folder; InputError where its weights are not those that were measured."""
+    if not (folder / MODEL).is_file() and (folder / "reward" / MODEL).is_file():
+        raise InputError(f"{folder}: a run, not a reward model; accepted: {folder / 'reward'}")
     measured = folder / "held_out.json"
     expected = read_json(measured).get("sha256") if measured.exists() else None
     if expected is not None and checksum(folder / MODEL) != expected:
