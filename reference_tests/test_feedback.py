@@ -319,10 +319,14 @@ def test_files_of_labels_are_read(images, kind):
             'prompt,image,label\n"a,0.png,good\n' + 200_000 * "x",
             "begins in line 2: not CSV (field larger than field limit",
         ),
-        ("prompt,image,label\na,labels.csv,good\n", "labels.csv cannot be read"),
-        ("prompt,image,label\na,half.png,good\n", "half.png cannot be read"),
+        ("prompt,image,label\na,labels.csv,good\n", "/labels.csv: not an image; accepted: PNG, JPEG"),
+        ("prompt,image,label\na,half.png,good\n", "half.png: the image cannot be read (image file is truncated"),
         ("prompt,image,label\na,pipe.png,good\n", "pipe.png is no file"),
-        ("prompt,image,label\na,line.png,good\n", "line.png has 12000 x 1 pixels; accepted: sides up to 1 : 32"),
+        ("prompt,image,label\na,line.png,good\n", "line.png has 1200 x 20 pixels; accepted: sides up to 1 : 32"),
+        # what no later stage reads
+        ("prompt,image,label\na,icon.png,good\n", "icon.png: not an image; accepted: PNG, JPEG"),
+        ("prompt,image,label\na,script.png,good\n", "script.png: not an image; accepted: PNG, JPEG"),
+        ("prompt,image,label\na,deep.tif,good\n", "deep.tif: the image cannot be read (its mode is F"),
         # a comma that is not quoted
         ("image,label,prompt\n0.png,good,a circle, at night\n", "line 2: 4 fields where the header has 3"),
         # stray quotes
@@ -341,7 +345,10 @@ def test_bad_label_files_are_named(images, text, message):
     path.write_text(text)
     Image.effect_noise((32, 32), 50).save(images / "whole.png")
     (images / "half.png").write_bytes((images / "whole.png").read_bytes()[:400])
-    Image.new("RGB", (12_000, 1)).save(images / "line.png")
+    Image.new("RGB", (1200, 20)).save(images / "line.png")
+    Image.new("RGB", (32, 32)).save(images / "icon.png", "ICO")
+    Image.new("RGB", (32, 32)).save(images / "script.png", "EPS")  # PostScript runs programs
+    Image.new("F", (32, 32)).save(images / "deep.tif")
     os.mkfifo(images / "pipe.png")
     with pytest.raises(InputError) as error:
         read_feedback(path)

@@ -788,7 +788,7 @@ def test_images_that_no_run_can_be_begun_with_are_one_line(run, tmp_path, monkey
         assert not Path("runs").exists() and not Path("mine").exists()
     (source / "c.txt").write_text("a cow")
     (source / "c.png").write_bytes(b"no image")
-    assert "c.png cannot be read" in begun(monkeypatch, capsys, source)[2] and not Path("runs").exists()
+    assert "c.png: not an image" in begun(monkeypatch, capsys, source)[2] and not Path("runs").exists()
 
 
 # ------------------------------------------------------------------------------------------------- blind comparison

@@ -15,8 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
+from ..data import Unusable, open_image
 from ..files import InputError
 from .rows import USUAL, WORDS, Preference, Reading, as_number, as_text, judgements, named
 from .store import LONGEST_NAME, FeedbackStore, NewComparison, NewLabel, clean_name, digest
@@ -257,20 +256,19 @@ def count_votes(rows: Iterable[tuple[str, Path, str]]) -> Counter[tuple[str, Pat
 
 
 def check_image(path: Path, where: str) -> None:
-    """InputError unless the file is an image that decodes entirely and is not a mere line."""
+    """InputError unless the file is an image that the stages can read, and not a mere line."""
     try:
         if not path.is_file():  # a pipe would never end
             what = "is no file" if path.exists() else "does not exist"
             raise InputError(f"{where}: image {path} {what}")
-        with Image.open(path) as image:
-            if max(image.size) > LONGEST_SHAPE * min(image.size):
-                size = " x ".join(map(str, image.size))
-                raise InputError(f"{where}: image {path} has {size} pixels; accepted: sides up to 1 : {LONGEST_SHAPE}")
-            image.load()
-    except InputError:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{where}: image {path} cannot be read ({error})") from error
+        image = open_image(path)
+    except Unusable as error:
+        raise InputError(f"{where}: {error}") from error
+    except OSError as error:
+        raise InputError(f"{where}: image {path} cannot be read ({error.strerror})") from error
+    if max(image.size) > LONGEST_SHAPE * min(image.size):
+        size = " x ".join(map(str, image.size))
+        raise InputError(f"{where}: image {path} has {size} pixels; accepted: sides up to 1 : {LONGEST_SHAPE}")
 
 
 class _Places:
