@@ -15,7 +15,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..data import Unusable, open_image
 from ..files import InputError
 from .rows import USUAL, WORDS, Preference, Reading, as_number, as_text, judgements, named
 from .store import LONGEST_NAME, FeedbackStore, NewComparison, NewLabel, clean_name, digest
@@ -257,6 +256,8 @@ def count_votes(rows: Iterable[tuple[str, Path, str]]) -> Counter[tuple[str, Pat
 
 def check_image(path: Path, where: str) -> None:
     """InputError unless the file is an image that the stages can read, and not a mere line."""
+    from ..data import Unusable, open_image  # not needed by the store alone
+
     try:
         if not path.is_file():  # a pipe would never end
             what = "is no file" if path.exists() else "does not exist"
