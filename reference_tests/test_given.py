@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SMALL, command, flags, labelled_drawings
+from helpers import SMALL, command, flags
 from PIL import Image
 
 from minialign import CLIP
@@ -34,18 +34,11 @@ def large(images, prompts):
 """
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A run of 48 drawings of 16 prompts that show their prompt or another one; all but four are labelled."""
-    folder = labelled_drawings(tmp_path_factory.mktemp("given") / "run")
-    (folder.parent / "mine.py").write_text(REDNESS)
-    return folder
-
-
 @pytest.fixture
-def run(made, tmp_path):
-    shutil.copy(made.parent / "mine.py", tmp_path / "mine.py")
-    return Path(shutil.copytree(made, tmp_path / "run"))
+def run(labelled_run, without_matplotlib, tmp_path):
+    """A run of labelled drawings beside a file of functions."""
+    (tmp_path / "mine.py").write_text(REDNESS)
+    return labelled_run
 
 
 def cosines(run: Path) -> tuple[torch.Tensor, list[str]]:
@@ -263,7 +256,7 @@ def test_after_a_mistake_the_run_is_as_usable_as_before(run, tmp_path, capsys):
     assert code == 2 and f"other: a run, not a reward model; accepted: {tmp_path / 'other' / 'reward'}\n" in err
 
 
-def test_the_main_job_runs_by_a_function_without_a_label(tmp_path, capsys):
+def test_the_main_job_runs_by_a_function_without_a_label(without_matplotlib, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(REDNESS)
     reward = ("--reward", f"{tmp_path / 'mine.py'}:redness")
     fewer = SMALL | {"images": 16, "steps": 2, "test_images": 8}
