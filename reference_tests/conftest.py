@@ -1,22 +1,25 @@
-"""Fixtures that several test modules share."""
+"""Fixtures that several test modules share. What is slow to import waits for them: `pytest --help` reads this file."""
 
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from helpers import labelled_drawings
 
 
-def pytest_configure() -> None:
-    """One thread: the networks are tiny, and threads of tests that run side by side wait for one another."""
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """The networks are tiny, and threads of tests that run side by side wait for one another."""
+    import torch
+
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `labelled_drawings` makes, to be copied and not changed."""
+    from helpers import labelled_drawings
+
     return labelled_drawings(tmp_path_factory.mktemp("drawings") / "run")
 
 
