@@ -183,26 +183,36 @@ def test_the_lines_of_the_readme_are_counted():
     assert set((ROOT / "minialign").rglob("*.py")) - seen == {ROOT / "minialign" / "__init__.py"}
 
 
+HEAVY = "huggingface_hub", "matplotlib", "diffusers", "transformers", "sqlite3"
+IMPORTS = f"""if True:
+    import importlib, sys
+    for name in sys.argv[1:]:
+        for module in [module for module in sys.modules if module.split(".")[0] == "minialign"]:
+            del sys.modules[module]
+        importlib.import_module(name)
+        heavy = [module for module in {HEAVY} if module in sys.modules]
+        print(name, sum(module.split(".")[0] == "minialign" for module in sys.modules), *heavy)"""
+
+
+TOLD = re.findall(r"\| `[\w.]+`: \d+ \| `([\w.]+)`: (\d+) \|", READING.read_text())
+
+
+@cache
+def imported() -> dict[str, list[str]]:
+    """By what is imported: how many modules of minialign that loads, and which of HEAVY are loaded by then."""
+    command = [sys.executable, "-c", IMPORTS, "minialign", *(name for name, _ in TOLD)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return {name: found for name, *found in map(str.split, done.stdout.splitlines())}
+
+
 def test_what_an_import_loads_is_as_counted():
     """In the table of docs/reading.md, each import in a process that has loaded nothing of the package."""
-    told = re.findall(r"\| `[\w.]+`: \d+ \| `([\w.]+)`: (\d+) \|", READING.read_text())
-    code = """if True:
-        import importlib, sys
-        for name in sys.argv[1:]:
-            for module in [module for module in sys.modules if module.split(".")[0] == "minialign"]:
-                del sys.modules[module]
-            importlib.import_module(name)
-            print(sum(module.split(".")[0] == "minialign" for module in sys.modules))"""
-    names, numbers = zip(*told)
-    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == list(numbers) and len(names) == 3
+    assert [(name, imported()[name][0]) for name, _ in TOLD] == TOLD and len(TOLD) == 3
 
 
 def test_importing_brings_nothing_heavy():
     """What costs time to import beside torch is left until it is needed."""
-    heavy = "huggingface_hub", "matplotlib", "diffusers", "transformers", "sqlite3"
-    code = f"import minialign, sys; print([name for name in {heavy} if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+    assert imported()["minialign"][1:] == []
 
 
 # ----------------------------------------------------------------------------------------------------------- commands
