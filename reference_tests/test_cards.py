@@ -82,7 +82,8 @@ def test_the_reward_models_table_and_card():
 def test_figures_are_as_wide_as_a_readme_at_twice_the_resolution(tmp_path: Path):
     pytest.importorskip("matplotlib")
     values = results()
-    figures.plot_calibration(tmp_path / "calibration.png", values["reward"]["measured"])
+    measured = values["reward"]["measured"]
+    figures.plot_calibration(tmp_path / "calibration.png", measured | {"given": {"new prompts": {}}})
     curves = values["evaluation"]["best_of_n"]["reward"]["simulated annotator"]
     curves["runs/$^{$/model"] = curves.pop("fine-tuned")  # no formula
     figures.plot_best_of(tmp_path / "best.png", values["evaluation"]["best_of_n"])
