@@ -6,7 +6,6 @@ import argparse
 import json
 import re
 import shlex
-import sys
 from functools import partial
 from html import unescape
 from html.parser import HTMLParser
@@ -70,29 +69,18 @@ def command_of(page: str) -> str:
     return unescape(re.sub("</?span>", "", re.findall("<pre>(python.*?)</pre>", page, re.DOTALL)[0]))
 
 
-def without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [*(name for name in sys.modules if name.split(".")[0] == "matplotlib"), "matplotlib"]:
-        monkeypatch.setitem(sys.modules, name, None)
-
-
 @pytest.fixture(autouse=True)
 def no_band(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The package's band is of other runs than the ones here."""
     monkeypatch.setattr(normal, "FILE", tmp_path / "normal.json")
 
 
-@pytest.fixture
-def tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables in place of charts, which take most of the time."""
-    monkeypatch.setattr(figures, "svg", lambda *what: "")
-
-
 @pytest.mark.parametrize("charts", [True, False])
-def test_says_every_headline_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, charts: bool) -> None:
+def test_says_every_headline_number(tmp_path: Path, request: pytest.FixtureRequest, charts: bool) -> None:
     if charts:
         pytest.importorskip("matplotlib")
     else:
-        without_matplotlib(monkeypatch)
+        request.getfixturevalue("without_matplotlib")
     run = write_run(tmp_path / "run", results())
     page = page_of(run)
     parsed = parse(page)
@@ -153,7 +141,7 @@ def test_stands_alone(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run").glob(".*")] == []  # nothing half-written stays behind
 
 
-def test_hostile_text_is_escaped(tmp_path: Path, tables: None) -> None:
+def test_hostile_text_is_escaped(tmp_path: Path, without_matplotlib: None) -> None:
     values = results()
     values["comparisons"] = {HOSTILE: values["evaluation"] | {"reference": HOSTILE}}
     values["evaluation"]["judged"][HOSTILE] = values["evaluation"]["judged"]["simulated annotator"]
@@ -181,7 +169,7 @@ OTHERS = {"seed": 7, "lambda": 0.25, "temperature": 1.5, "soft": True, "lora": 4
     [({}, {}), (OTHERS | {"steps": 2000, "guidance": 7.5}, OTHERS), ({"guidance": 3.0, "steps": 400}, {})],
 )
 def test_the_command_gives_the_settings_back(
-    tmp_path: Path, tables: None, settings: dict[str, Any], named: dict[str, Any]
+    tmp_path: Path, without_matplotlib: None, settings: dict[str, Any], named: dict[str, Any]
 ) -> None:
     """Read by a shell and by the parser of the main job, it says what differs from the defaults, and no more."""
     values = results() | {"settings": settings}
@@ -194,7 +182,7 @@ def test_the_command_gives_the_settings_back(
     assert ("--feedback FILE" in page) == ("model" in named)
 
 
-def test_missing_parts_are_left_out(tmp_path: Path, tables: None) -> None:
+def test_missing_parts_are_left_out(tmp_path: Path, without_matplotlib: None) -> None:
     """A run on one's own images: no categories, no distances, judged by the reward model."""
     values = results()
     entry = {"value": 0.43, "n": 64, "ci95": [0.4, 0.46]}
@@ -223,7 +211,7 @@ def test_missing_parts_are_left_out(tmp_path: Path, tables: None) -> None:
     assert "points" not in page  # of a score
 
 
-def test_almost_nothing(tmp_path: Path, tables: None) -> None:
+def test_almost_nothing(tmp_path: Path, without_matplotlib: None) -> None:
     (tmp_path / "results.json").write_text("{}")
     page = write_report(tmp_path).read_text(encoding="utf-8")
     parse(page)
@@ -231,7 +219,7 @@ def test_almost_nothing(tmp_path: Path, tables: None) -> None:
     assert "Use the model" not in page  # there is none
 
 
-def test_how_many_labels_are_enough_is_shown_where_it_was_measured(tmp_path: Path, tables: None) -> None:
+def test_how_many_labels_are_enough_is_shown_where_it_was_measured(tmp_path: Path, without_matplotlib: None) -> None:
     values = results()
     ends = [[0.71, 0.81], [0.78, 0.86], None]
     several = {"value": [0.76, 0.82, 0.85], "ci95": ends}
@@ -256,7 +244,7 @@ def test_the_chart_of_labels_has_a_point_for_each_number() -> None:
 
 
 @pytest.mark.parametrize("seconds, told", [(59.4, "59.4 s"), (59.7, "1 min 0 s"), (2999.7, "50 min 0 s")])
-def test_no_minute_has_60_seconds(tmp_path: Path, tables: None, seconds: float, told: str) -> None:
+def test_no_minute_has_60_seconds(tmp_path: Path, without_matplotlib: None, seconds: float, told: str) -> None:
     assert f"{told} in all" in page_of(
         write_run(tmp_path / "run", results() | {"seconds": {"total": seconds, "label": 1}})
     )
@@ -267,7 +255,7 @@ def test_the_same_run_gives_the_same_file(tmp_path: Path) -> None:
     assert write_report(run).read_bytes() == write_report(run).read_bytes()
 
 
-def test_many_pairs_are_folded(tmp_path: Path, tables: None) -> None:
+def test_many_pairs_are_folded(tmp_path: Path, without_matplotlib: None) -> None:
     values = results()
     run = write_run(tmp_path / "run", values)
     values["evaluation"]["samples"] *= 8
@@ -275,7 +263,7 @@ def test_many_pairs_are_folded(tmp_path: Path, tables: None) -> None:
     assert [tag for tag, _ in parse(page).seen].count("img") == 32 and page.count("<summary>2 more</summary>") == 2
 
 
-def test_folded_parts_and_legends_are_printed(tmp_path: Path, tables: None) -> None:
+def test_folded_parts_and_legends_are_printed(tmp_path: Path, without_matplotlib: None) -> None:
     """Legends are borders, which are printed without backgrounds; print is light, and opens what is folded."""
     page = write_report(write_run(tmp_path / "run", results())).read_text(encoding="utf-8")
     style = page[page.index("<style>") : page.index("</style>")]
@@ -287,7 +275,7 @@ def test_folded_parts_and_legends_are_printed(tmp_path: Path, tables: None) -> N
     )
 
 
-def test_a_fall_is_called_a_fall(tmp_path: Path, tables: None) -> None:
+def test_a_fall_is_called_a_fall(tmp_path: Path, without_matplotlib: None) -> None:
     values = results()
     entry = values["evaluation"]["judged"]["simulated annotator"]["fine-tuned"]["overall"]
     entry |= {"value": 0.3, "gain": -0.181, "gain_ci95": [-0.24, -0.12]}
@@ -295,7 +283,7 @@ def test_a_fall_is_called_a_fall(tmp_path: Path, tables: None) -> None:
     assert "<strong>−18.1 points</strong> (95 % interval −24.0 to −12.0: significant at 5 %)" in page
 
 
-def test_few_images_and_a_single_prompt_are_called_so(tmp_path: Path, tables: None) -> None:
+def test_few_images_and_a_single_prompt_are_called_so(tmp_path: Path, without_matplotlib: None) -> None:
     values = results()
     for model in MODELS:
         entry = values["evaluation"]["judged"]["simulated annotator"][model]["overall"]
@@ -306,7 +294,7 @@ def test_few_images_and_a_single_prompt_are_called_so(tmp_path: Path, tables: No
     assert "Only" not in page_of(write_run(tmp_path / "more", results()))
 
 
-def test_further_groups_stand_after_the_categories(tmp_path: Path, tables: None) -> None:
+def test_further_groups_stand_after_the_categories(tmp_path: Path, without_matplotlib: None) -> None:
     values = results()
     for groups in values["evaluation"]["judged"]["simulated annotator"].values():
         order = ["unseen", *reversed(GROUPS)]
@@ -328,7 +316,7 @@ def test_further_groups_stand_after_the_categories(tmp_path: Path, tables: None)
     ]
 
 
-def test_further_comparisons_have_a_column_for_every_model_and_gain(tmp_path: Path, tables: None) -> None:
+def test_further_comparisons_have_a_column_for_every_model_and_gain(tmp_path: Path, without_matplotlib: None) -> None:
     values = results()
     third = {"overall": {"value": 0.5, "n": 640, "ci95": [0.4, 0.6], "gain": 0.019, "gain_ci95": [-0.01, 0.04]}}
     one = dict(values["evaluation"], models={"base": {}, "fine-tuned": {}, "runs/other/model": {}})
@@ -445,14 +433,14 @@ def test_a_band_is_of_finished_runs_that_differ_in_their_seed_alone(tmp_path: Pa
         assert code == 2 and message in err and err.count("\n") == 1 and not (tmp_path / "band.json").exists()
 
 
-def test_a_run_like_the_others_lies_inside(tmp_path: Path, tables: None, band: list[Path]) -> None:
+def test_a_run_like_the_others_lies_inside(tmp_path: Path, without_matplotlib: None, band: list[Path]) -> None:
     for run in (*band, seed_of(tmp_path, 4)):  # whose means are of 8 values, within the range of 24
         page = page_of(run)
         assert "This run lies inside all of them" in page and "this run’s changes are usual" in page
         assert "Warning" not in page and "default runs of the bundled model (seeds 1, 2, 3)" in page
 
 
-def test_where_a_run_leaves_the_band_is_said(tmp_path: Path, tables: None, band: list[Path]) -> None:
+def test_where_a_run_leaves_the_band_is_said(tmp_path: Path, without_matplotlib: None, band: list[Path]) -> None:
     run = seed_of(tmp_path, 4)
     lines = (run / "metrics.jsonl").read_text().splitlines()[:-1]
     with open(run / "metrics.jsonl", "a") as file:  # a step that is logged again counts as it is logged last
@@ -469,7 +457,7 @@ def test_where_a_run_leaves_the_band_is_said(tmp_path: Path, tables: None, band:
 
 @pytest.mark.parametrize("model", [None, "someone/model"])
 def test_pictures_that_change_more_than_those_of_any_seed_are_warned_of(
-    tmp_path: Path, tables: None, band: list[Path], model: str | None
+    tmp_path: Path, without_matplotlib: None, band: list[Path], model: str | None
 ) -> None:
     """Where it is significant; of another model too, which is compared in nothing else."""
     run = seed_of(tmp_path, 4, model=model)
@@ -484,7 +472,7 @@ def test_pictures_that_change_more_than_those_of_any_seed_are_warned_of(
     assert ("this run’s changes are" in page) != bool(model)
 
 
-def test_other_settings_have_no_band(tmp_path: Path, tables: None, band: list[Path]) -> None:
+def test_other_settings_have_no_band(tmp_path: Path, without_matplotlib: None, band: list[Path]) -> None:
     page = page_of(seed_of(tmp_path, 4, steps=200, lora=8))
     assert "This run has other settings (--steps, --lora)" in page and "changes are" not in page
     assert "inside" in page_of(seed_of(tmp_path, 5, lora=0, keep=9))  # a default that is named; what changes nothing
