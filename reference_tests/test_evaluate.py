@@ -4,7 +4,6 @@ import json
 import math
 import random
 import shutil
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from helpers import command
 from PIL import Image, ImageChops
 
-from minialign import CLIP, Pipeline, RewardModel, evaluate
+from minialign import CLIP, Pipeline, RewardModel
 from minialign.engine.run import Run
 from minialign.engine.settings import defaults
 from minialign.evaluate import compare_models, test_items, write_results
@@ -407,16 +406,11 @@ def drawn(tmp_path_factory, pipe):
     return run.folder
 
 
-@pytest.fixture
-def undrawn(monkeypatch):
-    monkeypatch.setattr(evaluate, "plot_best_of", lambda *how: None)  # slow, and held by test_report.py
-
-
 def results_of(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-def test_the_command_compares_pipelines(drawn, tmp_path, monkeypatch, capsys):
+def test_the_command_compares_pipelines(drawn, tmp_path, monkeypatch, capsys, request):
     run = Path(shutil.copytree(drawn, tmp_path / "run"))
     code, out, err = command(main, capsys, run)
     assert code == 0, err
@@ -433,8 +427,7 @@ def test_the_command_compares_pipelines(drawn, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     assert Image.open(run / "best-of-n.png").size[1] > 300
     whole = Pipeline.generate
-    monkeypatch.setattr(evaluate, "plot_best_of", lambda *how: None)  # slow
-    monkeypatch.setattr(sys.modules[main.__module__], "write_report", lambda folder: folder)
+    request.getfixturevalue("without_matplotlib")
     monkeypatch.setattr(Pipeline, "generate", None)  # calling it would fail: all is there
     code, out, err = command(main, capsys, run)
     assert code == 0 and "evaluate: done before" in out, err
@@ -459,7 +452,8 @@ def test_the_command_compares_pipelines(drawn, tmp_path, monkeypatch, capsys):
     assert "evaluate: done before" in command(main, capsys, run)[1]
 
 
-def test_a_model_gains_nothing_over_itself_and_comparisons_are_kept_beside_one_another(drawn, tmp_path, undrawn):
+@pytest.mark.usefixtures("without_matplotlib")
+def test_a_model_gains_nothing_over_itself_and_comparisons_are_kept_beside_one_another(drawn, tmp_path):
     run = Run(Path(shutil.copytree(drawn, tmp_path / "run")))
     models = ["embedded", str(EMBEDDED), str(run.folder / "model")]  # the last two of one name, with equal first layers
     name = compare_models(run, settings_of(run, **TWO), CPU, models=models)
@@ -486,7 +480,8 @@ def test_a_model_gains_nothing_over_itself_and_comparisons_are_kept_beside_one_a
     )
 
 
-def test_sets_are_in_the_results_and_told(drawn, tmp_path, undrawn):
+@pytest.mark.usefixtures("without_matplotlib")
+def test_sets_are_in_the_results_and_told(drawn, tmp_path):
     run = Run(Path(shutil.copytree(drawn, tmp_path / "run")))
     settings = settings_of(run, test_images=8, test_images_per_prompt=None, sets=2)
     name = compare_models(run, settings, CPU, models=["embedded", str(run.folder / "model")])
@@ -502,7 +497,8 @@ def test_sets_are_in_the_results_and_told(drawn, tmp_path, undrawn):
     assert "by nine noisy copies: won " in told and " of 4" in told
 
 
-def test_the_judge_is_one_who_judged_all_models(drawn, tmp_path, undrawn):
+@pytest.mark.usefixtures("without_matplotlib")
+def test_the_judge_is_one_who_judged_all_models(drawn, tmp_path):
     """People who labelled the images of one model alone have compared nothing."""
     run = Run(Path(shutil.copytree(drawn, tmp_path / "run")))
     file = tmp_path / "mine.txt"
@@ -519,7 +515,8 @@ def test_the_judge_is_one_who_judged_all_models(drawn, tmp_path, undrawn):
         assert results_of(run.folder)["comparisons"][name]["judge"] == judge
 
 
-def test_what_cannot_be_compared_is_one_line(drawn, tmp_path, capsys, undrawn):
+@pytest.mark.usefixtures("without_matplotlib")
+def test_what_cannot_be_compared_is_one_line(drawn, tmp_path, capsys):
     run = Path(shutil.copytree(drawn, tmp_path / "run"))
     (run / ".lock").touch()
     (tmp_path / "empty").mkdir()
