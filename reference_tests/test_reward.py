@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from helpers import command, labelled_drawings
+from helpers import command
 from PIL import Image
 
 from minialign import CLIP, RewardModel
@@ -273,9 +273,8 @@ def test_no_image_that_judges_is_learned_from_by_a_comparison():
 
 
 @pytest.fixture
-def run(tmp_path):
-    """A run of 48 drawings that show their prompt or another one, labelled as they are."""
-    return labelled_drawings(tmp_path / "run")
+def run(labelled_run, without_matplotlib):
+    return labelled_run
 
 
 SMALL = ("--reward-steps", 100, "--hidden", 32, "--device", "cpu")
