@@ -4,6 +4,7 @@ import json
 import random
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,21 @@ def command(main: Callable[[], None], capsys: Any, *arguments: Any) -> tuple[int
     return stop.value.code, captured.out, captured.err
 
 
+@cache
+def _own_images() -> list[tuple[str, Image.Image]]:
+    """Twelve prompts, each with an image that the embedded pipeline makes."""
+    prompts = ["a red circle", "two blue stars on the sand", "a square at night"] * 4
+    return list(zip(prompts, Pipeline.from_pretrained().generate(prompts, steps=2, guidance=2.0)))
+
+
 def own_images(folder, good: bool = True):
     """A label file beside a few images drawn by the embedded pipeline."""
     folder.mkdir(exist_ok=True)
-    prompts = ["a red circle", "two blue stars on the sand", "a square at night"] * 4
     lines = []
-    for i, image in enumerate(Pipeline.from_pretrained().generate(prompts, steps=2, guidance=2.0)):
+    for i, (prompt, image) in enumerate(_own_images()):
         image.save(folder / f"{i}.png")
         label = "good" if good and i % 3 == i % 2 else "bad"
-        lines.append(json.dumps({"prompt": prompts[i], "image": f"{i}.png", "label": label}))
+        lines.append(json.dumps({"prompt": prompt, "image": f"{i}.png", "label": label}))
     (folder / "labels.jsonl").write_text("\n".join(lines))
     return folder / "labels.jsonl"
 

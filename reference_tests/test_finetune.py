@@ -36,6 +36,7 @@ from minialign.reward.__main__ import main as reward
 
 UNET = SMALL_UNET | {"sample_size": 4, "norm_num_groups": 4}
 OWN = {"sampling_steps": 2, "test_images": 6, "hidden": 16, "reward_steps": 20, "steps": 4, "batch_size": 8}
+no_figures = pytest.mark.usefixtures("without_matplotlib")  # which other tests of this file have
 
 
 def small_run(folder: Path, *more: object) -> None:
@@ -101,9 +102,11 @@ def test_the_main_job_leaves_what_it_promises(finished):
         assert all(torch.equal(a, b) for a, b in pairs)
     assert RewardModel.from_pretrained(finished / "reward").config["width"] == 64
     assert after.world == "shapes"  # what is fine-tuned from the embedded model is of its world
-    assert (finished / "report.html").exists()
+    pytest.importorskip("matplotlib")
+    assert (finished / "reward" / "calibration.png").exists() and "<svg" in (finished / "report.html").read_text()
 
 
+@no_figures
 def test_a_finished_run_is_not_done_again(finished, capsys):
     before = results_of(finished)
     times = {path: path.stat().st_mtime_ns for path in finished.rglob("*.png")}
@@ -123,6 +126,7 @@ def test_a_finished_run_is_not_done_again(finished, capsys):
         assert code == 2 and "another process is at work on this run" in err
 
 
+@no_figures
 def test_the_chain_of_commands_is_the_main_job(finished, tmp_path, capsys):
     """generate, label, reward, finetune, evaluate on one folder, and the same labels through --feedback."""
     chain = tmp_path / "chain"
@@ -150,6 +154,7 @@ def test_the_chain_of_commands_is_the_main_job(finished, tmp_path, capsys):
         assert same_model(whole, fed) and same_results(whole, fed)
 
 
+@no_figures
 def test_new_labels_and_changed_settings_are_told_and_redone_on_demand(finished, tmp_path, capsys):
     run = shutil.copytree(finished, tmp_path / "run")
     store = FeedbackStore(run)
@@ -219,6 +224,7 @@ small_run(Path({folder!r}))
 """
 
 
+@no_figures
 @pytest.mark.parametrize(
     "place, name, call",
     [
@@ -245,6 +251,7 @@ def test_a_run_killed_while_it_writes_continues_to_the_same_result(finished, tmp
 STAGES = ("generate.sample_to_folder", "finetune.trainer.finetune_pipeline", "reward.learn", "evaluate.evaluate")
 
 
+@no_figures
 @pytest.mark.parametrize("stage", [STAGES[1], *(pytest.param(name, marks=pytest.mark.slow) for name in STAGES)])
 def test_a_run_that_died_at_the_end_of_a_stage_continues_to_the_same_result(finished, tmp_path, monkeypatch, stage):
     module, _, name = f"minialign.{stage}".rpartition(".")
@@ -318,6 +325,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys)
     assert code == 2 and "is labelled good" in err or "labels is good" in err
 
 
+@no_figures
 def test_what_is_refused_is_not_remembered_and_advice_can_be_followed(finished, tmp_path, capsys):
     run = shutil.copytree(finished, tmp_path / "run")
     config = (run / "config.json").read_text()
@@ -351,6 +359,7 @@ def test_a_stage_that_died_while_it_was_removed_is_not_taken_for_done(finished, 
     assert pictures[0] == pictures[1] and len(pictures[0]) == 8
 
 
+@no_figures
 def test_an_import_does_not_turn_people_s_labels_into_removable_ones(tmp_path, capsys):
     run, labels = tmp_path / "run", own_images(tmp_path / "images")
     assert command(generate, capsys, run, *flags(SMALL, "images", "sampling_steps"))[0] == 0
@@ -385,6 +394,7 @@ def test_imported_prompts_of_people_are_not_fine_tuned_on_the_bundled_model(tmp_
     assert code == 2 and "--model: needed for" in err
 
 
+@no_figures
 def test_weights_that_are_all_zero_are_refused(finished, tmp_path, capsys):
     run = shutil.copytree(finished, tmp_path / "run")
     code, _, err = command(main, capsys, run, "--weighting", "threshold", "--tau", 2, "--redo")
@@ -427,7 +437,9 @@ def diffusers_pipeline(folder):
 
 
 @pytest.mark.parametrize("source", ["embedded", "diffusers", "xl"])
-def test_own_images_go_through_the_same_code(source, tmp_path, capsys):
+def test_own_images_go_through_the_same_code(source, tmp_path, capsys, request):
+    if source != "diffusers":
+        request.getfixturevalue("without_matplotlib")
     model, clip = (EMBEDDED, EMBEDDED / "clip") if source != "diffusers" else diffusers_pipeline(tmp_path)
     if source == "xl":
         model = tmp_path / "xl"
@@ -515,6 +527,7 @@ def _own_run_again(run: Path, labels: Path, arguments: list, small: list, capsys
     assert code == 2 and "feedback.sqlite holds labels by Ada" in err and (run / "model").exists()
 
 
+@no_figures
 def test_pairs_from_a_folder_adapters_and_everything_switched_on(tmp_path, monkeypatch, capsys):
     labels, pairs = own_images(tmp_path / "images"), pretraining_pairs(tmp_path / "pairs")
     base = ["--model", EMBEDDED, "--clip", EMBEDDED / "clip", "--feedback", labels, "--pretrain", pairs, *flags(OWN)]
@@ -546,6 +559,7 @@ def test_pairs_from_a_folder_adapters_and_everything_switched_on(tmp_path, monke
     assert code == 0, err
 
 
+@no_figures
 def test_another_training_s_checkpoints_are_neither_kept_nor_continued(finished, tmp_path, capsys):
     """With checkpoints/ a link, too: no seed's model is passed off as another's."""
     run, kept = shutil.copytree(finished, tmp_path / "run"), tmp_path / "kept"
@@ -562,6 +576,7 @@ def test_another_training_s_checkpoints_are_neither_kept_nor_continued(finished,
     assert code == 2 and "was saved with other settings" in err
 
 
+@no_figures
 def test_bad_pairs_are_one_line(tmp_path, capsys):
     labels, pairs = own_images(tmp_path / "images"), pretraining_pairs(tmp_path / "pairs")
     for i in range(2):
