@@ -36,7 +36,7 @@ from minialign.reward.__main__ import main as reward
 
 UNET = SMALL_UNET | {"sample_size": 4, "norm_num_groups": 4}
 OWN = {"sampling_steps": 2, "test_images": 6, "hidden": 16, "reward_steps": 20, "steps": 4, "batch_size": 8}
-no_figures = pytest.mark.usefixtures("without_matplotlib")  # which other tests of this file have
+no_figures = pytest.mark.usefixtures("without_matplotlib")  # `finished` and two other jobs draw them
 
 
 def small_run(folder: Path, *more: object) -> None:
