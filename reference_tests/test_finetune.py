@@ -308,7 +308,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys)
         (("--feedback", others), "--model: needed with --feedback"),
         (("--feedback", "fine"), "--feedback fine: a folder; to continue a run: python -m minialign.finetune fine"),
         (("--model", EMBEDDED, "--feedback", unreadable.parent / "none.csv", *clip), "none.csv: cannot be read"),
-        (("--model", EMBEDDED, "--feedback", unreadable, *clip), "3.png cannot be read"),
+        (("--model", EMBEDDED, "--feedback", unreadable, *clip), "3.png: not an image"),
         (("--model", "someone/nothing", "--feedback", fine, *clip), "someone/nothing: neither a folder nor a hub id"),
         (("--model", no_tokenizer, "--feedback", fine, *clip), "vocab.json: cannot be read"),
         (("--model", EMBEDDED, "--feedback", fine, "--pretrain", "none", *clip), "none: not found"),

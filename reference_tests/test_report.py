@@ -333,7 +333,7 @@ def test_further_comparisons_have_a_column_for_every_model_and_gain(tmp_path: Pa
     assert [cell for cell, _ in rows[1]] == ["Fréchet distance", "3.410", "4.090", "+0.680", "–", "–"]
 
 
-def test_sets_of_images_have_a_table(tmp_path: Path, tables: None) -> None:
+def test_sets_of_images_have_a_table(tmp_path: Path, without_matplotlib: None) -> None:
     values = results()
     assert "Sets of" not in page_of(write_run(tmp_path / "none", values))
     compared = {

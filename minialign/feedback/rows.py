@@ -191,8 +191,8 @@ def _list(row: Mapping[str, Any], what: str, where: str) -> list[Any]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            told = f"{where}: {what} {row[what]!r:.80}: not JSON ({error})"
-            raise InputError(f'{told}; accepted: [1, 0] or ["0.png", "1.png"], in double quotes') from error
+            problem = f"{where}: {what} {row[what]!r:.80}: not JSON ({error})"
+            raise InputError(f'{problem}; accepted: [1, 0] or ["0.png", "1.png"], in double quotes') from error
     if not isinstance(value, list) or not value:
         raise InputError(f"{where}: {what} {value!r:.80}; accepted: a list")
     return value

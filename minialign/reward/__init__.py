@@ -198,7 +198,7 @@ def learn_from_run(run: Run, settings: dict[str, Any], device: torch.device, red
         made_from = labels_digest(run.folder, settings["soft"], rewards.learned)
         if rewards.learned:
             made_from["clip"] = digest(clip_digest(rewards.clip(settings["clip"])))
-            if settings["contrastive"] is not None:  # a mistake in it is told before an earlier result is removed
+            if settings["contrastive"] is not None:  # a mistake in it is reported before an earlier result is removed
                 with closing(FeedbackStore(run.folder, read_only=True)) as store:
                     read_contrastive(Path(settings["contrastive"]), [image.prompt for image in store.images()])
                 made_from["contrastive prompts"] = digest(read_bytes(Path(settings["contrastive"])))

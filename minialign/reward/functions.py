@@ -33,11 +33,11 @@ def load_function(what: str) -> tuple[Callable[..., Any], Path]:
         function, file = getattr(module, name, None), Path(str(module.__file__))
     except (Exception, SystemExit) as error:  # a script that is not guarded by __name__ == "__main__" ends itself
         raise InputError(
-            f"--reward {what}: cannot be loaded ({_told(error)}); accepted: module:function or FILE.py:function"
+            f"--reward {what}: cannot be loaded ({_reason(error)}); accepted: module:function or FILE.py:function"
         ) from error
     if not callable(function):
-        told = f"no function {name!r} in {file}"
-        raise InputError(f"--reward {what}: {told}; accepted: one of (images, prompts) that returns numbers")
+        problem = f"no function {name!r} in {file}"
+        raise InputError(f"--reward {what}: {problem}; accepted: one of (images, prompts) that returns numbers")
     return function, file
 
 
@@ -85,7 +85,7 @@ def _checked(what: str, function: Callable[..., Any], paths: Sequence[Path], pro
         with torch.no_grad():
             numbers = torch.as_tensor(function(images, list(prompts))).detach().to("cpu", torch.float64).reshape(-1)
     except (Exception, SystemExit) as error:
-        raise InputError(f"--reward {what}: failed on {paths[0]} ... ({_told(error)})") from error
+        raise InputError(f"--reward {what}: failed on {paths[0]} ... ({_reason(error)})") from error
     if len(numbers) != len(paths):
         raise InputError(f"--reward {what}: {len(numbers)} numbers for {len(paths)} images; accepted: one for each")
     if not numbers.isfinite().all():
@@ -94,7 +94,7 @@ def _checked(what: str, function: Callable[..., Any], paths: Sequence[Path], pro
     return numbers
 
 
-def _told(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     """An error and where it was raised, unless that is here or in the system that imports modules."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     ours = last.filename.startswith((str(Path(__file__).parents[1]), "<frozen importlib"))
