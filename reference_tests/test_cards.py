@@ -73,7 +73,7 @@ def test_the_reward_models_table_and_card():
     assert line(new, "with the auxiliary loss").endswith("83.4 % 0.884 0.031 0.112 74.4 %")
     assert line(new, "raw CLIP score").endswith("0.822 0.031 0.112 74.4 %")
     card = cards.reward_card(reward)
-    assert text in card and "minialign's embedded CLIP" in card and "| lambda | 0.5 |" in card
+    assert text in card and "minialign's bundled CLIP" in card and "| lambda | 0.5 |" in card
     reward["settings"]["lambda"] = 0
     assert "reward model (lambda 0)" in cards.reward_table(reward)
     assert "nothing was measured" in cards.reward_table(reward | {"held_out": {}, "measured": {}})

@@ -170,7 +170,7 @@ def _with_interval(entry: Mapping[str, Any], percent: bool) -> str:
 def model_card(results: Mapping[str, Any]) -> str:
     """The README.md of a fine-tuned model: how it was made, what was measured, and what its author has to fill in."""
     settings = results["settings"]
-    base = settings.get("model") or "minialign's embedded shapes checkpoint"
+    base = settings.get("model") or "minialign's bundled model"
     front = ["---", "license: other  # fill in; the base model's license holds for what is made from it"]
     if settings.get("model") and not Path(settings["model"]).exists():
         front.append(f"base_model: {settings['model']}")
@@ -276,7 +276,7 @@ def twice_as_many(curve: Mapping[str, Any]) -> str:
 
 def reward_card(reward: Mapping[str, Any]) -> str:
     """The README.md of a reward model: what it is, how it was made, what was measured."""
-    clip = reward["settings"].get("clip") or "minialign's embedded CLIP"
+    clip = reward["settings"].get("clip") or "minialign's bundled CLIP"
     says = "how likely its annotators were to call an image good for its prompt."
     if not reward["labels"]:
         says = "which of two images of a prompt its annotators were likely to prefer: only differences mean something."
