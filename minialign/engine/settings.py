@@ -128,7 +128,7 @@ SETTINGS = tuple(
         ("reward_learning_rate", ("reward",), 3e-4, 3e-4, fraction, "learning rate of the reward model, AdamW"),
         ("comparison_temperature", ("reward",), 0.2, 0.2, positive, "T of the loss on compared images"),
         ("contrastive", ("reward",), None, None, str,
-         "JSON file of contrastive prompts, prompt -> [prompts]; prompts that it lacks keep the rule",
+         "JSON file of contrastive prompts, prompt -> [prompts]; for other prompts they are chosen by rule",
          {"source": True}),
         ("balanced", ("reward",), False, False, switch, "sample good and bad images equally often"),
         ("soft", ("reward",), False, False, switch, "learn the mean of an image's labels in place of their majority"),
