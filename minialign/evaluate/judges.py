@@ -1,4 +1,7 @@
-"""What one model's images are worth: it samples the test's items, and each judge says what it thinks of each image."""
+"""Evaluation of one model: sample its images for the test items, then label or score each image by every judge.
+
+The judges are the simulated annotator, people, the reward model and CLIP.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ class TestItem:
 
 @dataclass(frozen=True)
 class Judged:
-    """What one model made of I items: its images, their CLIP features (I,E), and what each judge says of each.
+    """What one model made of I items: its images, their CLIP features (I,E), and each judge's labels or scores.
 
     values: judge -> I numbers, 1 for aligned and 0 for not by people or the annotator; None where nobody said so.
     """
