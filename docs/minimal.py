@@ -20,7 +20,7 @@ random.seed(SEED)
 torch.manual_seed(SEED)
 pipe = Pipeline.from_pretrained()  # the pre-trained model p(x|z): text encoder, UNet, autoencoder, noise schedule
 clip = CLIP.from_pretrained()
-seen, unseen = world.prompts(SEED)  # by count, color, background and all three; only seen prompts have feedback
+seen, unseen = world.prompts(SEED)  # by count, color, background and all three; prompts with and without feedback
 
 
 def generate(prompts, first_seed):
@@ -132,6 +132,7 @@ pipe.unet.requires_grad_(False)
 
 # ----------------------------------------------------------------- after: the same prompts and noise again (section 4)
 after = generate(test, first_seed=1_000_000)
-for name, rows in (("seen prompts", slice(0, 120)), ("unseen prompts", slice(120, None)), ("all prompts", slice(None))):
+groups = {"prompts with feedback": slice(120), "prompts without feedback": slice(120, None), "all prompts": slice(None)}
+for name, rows in groups.items():
     was, now = aligned(test[rows], before[rows]), aligned(test[rows], after[rows])
-    print(f"{name:15} {was:.1%} -> {now:.1%} aligned, {100 * (now - was):+.1f} points")
+    print(f"{name:24} {was:.1%} -> {now:.1%} aligned, {100 * (now - was):+.1f} points")
