@@ -1,4 +1,4 @@
-"""Measures of the evaluation: intervals, quality of scores, agreement, distances, diversity, best of N, pictures.
+"""Measures of the evaluation: intervals, scores, agreement, distances, diversity, best of N, image statistics.
 
 Formulas over plain numbers and tensors of features, scores or pixels; what they are of is the callers'.
 """
@@ -367,7 +367,7 @@ def best_of(scores: Sequence[float], outcomes: Sequence[float]) -> list[float]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------- numbers of a picture
+# ---------------------------------------------------------------------------------------------------- image statistics
 # Images (N,3,H,W) in RGB from 0 to 1 in, a number (N,) of each out. The paper names oversaturated images as a failure
 # of rewards that are optimised too far: such numbers show it before anyone looks.
 EDGE = 0.1  # change of brightness from pixel to pixel that counts as an edge: ours

@@ -1,4 +1,4 @@
-"""What the judges and the pictures say, in numbers with intervals: by group of prompts, and of the best of N images."""
+"""Labels and scores of the judges, and image statistics, as means with intervals: by group of prompts; best of N."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _gain(rows: Sequence[tuple[str, float, float]], judge: str) -> dict[str, Any
 
 
 def picture(sides: Sequence[Judged], items: Sequence[TestItem]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Plain numbers of the images, `measures.PICTURE`: name -> model -> value, n, ci95, and gain over the first model.
+    """Image statistics, `measures.PICTURE`: name -> model -> value, n, ci95, and gain over the first model.
 
     Values are means over the images, intervals `paired_interval`'s over prompts.
     """

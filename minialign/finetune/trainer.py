@@ -175,7 +175,7 @@ def encode(
 
 
 def show(pipe: Pipeline, items: Sequence[tuple[str, int]], settings: dict[str, Any], path: Path) -> None:
-    """Sample the first (prompt, seed) items with the UNet as it is into one picture; all processes call it."""
+    """Sample the first (prompt, seed) items with the UNet as it is into one image; all processes call it."""
     sampling = {"steps": settings["sampling_steps"], "guidance": settings["guidance"]}
     items = items[:SHOWN]
     images = list(sample_images(pipe, items, **sampling, batch=len(items), title="validate"))

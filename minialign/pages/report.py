@@ -1,7 +1,7 @@
 """The last page of a run: report.html, one file that shows what feedback changed, beside what it cost.
 
 `write_report` reads what the stages left in the run folder: results.json, metrics.jsonl, config.json and the images
-that results.json names. The page asks the network for nothing and runs no script: pictures are data URIs, charts are
+that results.json names. The page asks the network for nothing and runs no script: images are data URIs, charts are
 SVG. Charts need matplotlib (the extra `report`); without it their numbers stand in tables. What a run did not
 measure is left out.
 """
@@ -41,7 +41,7 @@ from .cards import (
 
 SINGULAR = {"new combinations": "new combination", "new objects": "new object", "unseen": "unseen prompt"}
 MARKS = {"good": "✓ good", "bad": "✗ bad", "skip": "– skip"}  # a sign and a word: color alone would not do
-SHOWN, LARGEST = 6, 256  # pairs of a category before the fold; pixels of the longer side of a picture in the page
+SHOWN, LARGEST = 6, 256  # pairs of a category before the fold; pixels of the longer side of an image in the page
 FLAG = "<code>--test-images</code>"
 OUTCOMES = ("won", "tied", "lost")  # of pairs of sets
 FEW = 100  # judged images of each model, below which the page says that they are few
@@ -141,8 +141,8 @@ NO_CHARTS = '<p class="soft">Tables stand in for the charts: <code>pip install -
 FLAT = """A flat denoising loss is normal: it depends on the random timestep and noise of each step far more than on
 what fine-tuning changes. Whether fine-tuning works shows under “What changed”: the mean reward and the fraction of good
 images should rise, diversity should not fall too far, and the samples above should look right."""
-HACKING = """A model that learns what its reward likes, and not what people mean, often shows it first in such numbers.
-<strong>Look at the images</strong> before you trust the gain."""
+HACKING = """A model that exploits its reward often changes the look of its images. <strong>Look at the images</strong>
+before you trust the gain."""
 
 
 def write_report(run: Path) -> Path:
