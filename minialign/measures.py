@@ -43,8 +43,8 @@ def paired_interval(
     """95 % interval of the mean gain, after less before, of pairs of images from the same starting noise.
 
     Gains on one prompt resemble each other, so their deviations are summed within each prompt before they are squared:
-    the cluster-robust variance (Liang & Zeger 1986), of which the usual one is the case of a pair a prompt. C prompts
-    tell it with C - 1 degrees of freedom, hence Student's t; one prompt tells nothing of others: None. No end leaves
+    the cluster-robust variance (Liang & Zeger 1986), of which the usual one is the case of a pair a prompt. With C
+    prompts the interval is Student's with C - 1 degrees of freedom; with one prompt there is none. No end leaves
     `within`, the least and the greatest gain that there can be.
     """
     gains = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)

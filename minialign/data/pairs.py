@@ -196,7 +196,7 @@ class Skipped:
                 file.write(json.dumps({"name": error.name, "why": error.why}) + "\n")
 
     def check(self, pairs: int, unusable: int = 0) -> None:
-        """InputError where more than 5 % of what was seen cannot be used; of the listed pairs, so many turned out so.
+        """InputError if more than 5 % of the pairs cannot be used; `unusable` counts those of the listed pairs.
 
         All processes know the same numbers, so that all of them stop or none.
         """
@@ -581,7 +581,7 @@ def _read(path: str, offset: int, size: int) -> bytes:
 
 # --------------------------------------------------------------------------------------------------------------- order
 def shuffled(position: Tensor, length: int, seed: int) -> Tensor:
-    """Which of `length` entries come at these positions (N,) int64 of an endless shuffled reading.
+    """The entries at positions (N,) int64 of an endless sequence of shuffled epochs over `length` entries.
 
     Position p is entry p % length of epoch p // length, each epoch a random permutation of 0..length-1 that depends on
     (seed, epoch) alone: any process computes any batch with neither state nor replay.

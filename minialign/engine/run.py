@@ -147,7 +147,7 @@ class Run:
         self._finish(name, time.perf_counter() - begin)
 
     def _plan(self, name: str, own: dict[str, Any], inputs: Callable[[], Mapping[str, str]], redo: bool) -> bool | str:
-        """Whether a stage is to be done, which stages.json then says, or a line that says why it cannot be."""
+        """True if the stage has to run (and record that it began), False if it is done, or a line that says why it cannot."""
         try:
             made_from = {key: value for key, value in own.items() if counts(key)} | dict(inputs())
             state = self.stages.get(name)
@@ -213,7 +213,7 @@ class Run:
         self.forget(name)
 
     def forget(self, name: str) -> None:
-        """Take a stage for one that was never begun, so that it may be done with other settings."""
+        """Forget that a stage was begun, so that it can run with other settings."""
         del self.stages[name]
         write_json(self.folder / "stages.json", self.stages)
 

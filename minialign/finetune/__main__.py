@@ -182,7 +182,10 @@ def check_feedback(feedback: Path, flags: dict[str, Any], reading: Reading = USU
 
 
 def check_sources(folder: Path, flags: dict[str, Any], fresh: bool) -> None:
-    """InputError where the run would overwrite the model that it reads, or --fresh would remove one for nothing."""
+    """InputError if the run would overwrite the model that it reads.
+
+    Also if --fresh would remove a run whose model cannot be loaded afterwards.
+    """
     for key in ("model", "vae", "clip"):
         source = flags.get(key)
         if source is not None and Path(source).exists() and Path(source).resolve().is_relative_to(folder.resolve()):

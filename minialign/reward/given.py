@@ -55,7 +55,10 @@ class Term(NamedTuple):
 
 
 def read_terms(text: str | None, folder: Path) -> list[Term]:
-    """The terms of --reward; None stands for the model that the run `folder` learns. InputError names what is none."""
+    """The terms of --reward; None stands for the model that the run `folder` learns.
+
+    InputError names a term that is invalid.
+    """
     terms = []
     for word in (text or LEARNED).split(","):
         what, equals, number = word.strip().rpartition("=")
