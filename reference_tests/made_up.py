@@ -58,7 +58,7 @@ def results() -> dict[str, Any]:
         "evaluation": {
             "judge": "simulated annotator",
             "models": {
-                "base": {"source": "embedded", "images": "compare/base-1234abcd"},
+                "base": {"source": "bundled", "images": "compare/base-1234abcd"},
                 "fine-tuned": {"source": "runs/shapes/model", "images": "compare/fine-tuned-1234abcd"},
             },
             "reference": "fresh drawings of the prompts",

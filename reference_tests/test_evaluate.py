@@ -311,7 +311,7 @@ def test_a_model_samples_once_and_people_s_labels_of_its_images_count(pipe, clip
     how = (items, settings, clip, reward)
     found = judge_model(run, "the base", None, lambda: pipe, *how)
     assert found.folder.parent == run.folder / "compare" and found.folder.name.startswith("the-base-")
-    assert [path.parent for path in found.paths] == [found.folder / "images"] * 8 and found.source == "embedded"
+    assert [path.parent for path in found.paths] == [found.folder / "images"] * 8 and found.source == "bundled"
     assert set(found.values) == {"simulated annotator", "reward", "CLIP score"} and found.features.shape == (8, 64)
     assert found.values["simulated annotator"] == [float(verdict == "good") for verdict in found.verdicts]
     assert found.readable == sum(verdict != "skip" for verdict in found.verdicts) / 8
@@ -455,12 +455,12 @@ def test_the_command_compares_pipelines(drawn, tmp_path, monkeypatch, capsys, re
 @pytest.mark.usefixtures("without_matplotlib")
 def test_a_model_gains_nothing_over_itself_and_comparisons_are_kept_beside_one_another(drawn, tmp_path):
     run = Run(Path(shutil.copytree(drawn, tmp_path / "run")))
-    models = ["embedded", str(EMBEDDED), str(run.folder / "model")]  # the last two of one name, with equal first layers
+    models = ["bundled", str(EMBEDDED), str(run.folder / "model")]  # the last two of one name, with equal first layers
     name = compare_models(run, settings_of(run, **TWO), CPU, models=models)
     found = results_of(run.folder)["comparisons"][name]
     assert list(found["models"]) == models and [one["source"] for one in found["models"].values()] == models
     judged = found["judged"]["reward"]
-    assert judged["embedded"]["overall"]["value"] == judged[models[1]]["overall"]["value"]
+    assert judged["bundled"]["overall"]["value"] == judged[models[1]]["overall"]["value"]
     assert judged[models[1]]["overall"]["gain_ci95"] == [0.0, 0.0]
     assert judged[models[2]]["overall"]["value"] != judged[models[1]]["overall"]["value"]
     pictures = [
@@ -474,7 +474,8 @@ def test_a_model_gains_nothing_over_itself_and_comparisons_are_kept_beside_one_a
     kept = results_of(run.folder)["comparisons"]
     assert set(kept) == {name, other} and kept[name] == found and "evaluation" not in results_of(run.folder)
     assert kept[other]["judge"] == "reward" and kept[other]["reference"] is None  # nobody can judge a fox
-    assert compare_models(run, settings_of(run, **TWO), CPU, models=models) == name
+    older = ["embedded", *models[1:]]  # the older name of the bundled model
+    assert compare_models(run, settings_of(run, **TWO), CPU, models=older) == name
     assert (
         "evaluated" not in write_results(run)["counts"] and results_of(run.folder)["comparisons"].keys() == kept.keys()
     )
@@ -484,7 +485,7 @@ def test_a_model_gains_nothing_over_itself_and_comparisons_are_kept_beside_one_a
 def test_sets_are_in_the_results_and_told(drawn, tmp_path):
     run = Run(Path(shutil.copytree(drawn, tmp_path / "run")))
     settings = settings_of(run, test_images=8, test_images_per_prompt=None, sets=2)
-    name = compare_models(run, settings, CPU, models=["embedded", str(run.folder / "model")])
+    name = compare_models(run, settings, CPU, models=["bundled", str(run.folder / "model")])
     found = results_of(run.folder)["comparisons"][name]
     assert found["sets"]["size"] == 2 and found["settings"]["sets"] == 2
     by_rater = found["sets"]["compared"]["alignment"]
@@ -503,7 +504,7 @@ def test_the_judge_is_one_who_judged_all_models(drawn, tmp_path):
     run = Run(Path(shutil.copytree(drawn, tmp_path / "run")))
     file = tmp_path / "mine.txt"
     file.write_text("a fox\n")
-    models = ["embedded", str(run.folder / "model")]
+    models = ["bundled", str(run.folder / "model")]
     for labelled, judge in ((0, "reward"), (1, "people")):
         name = compare_models(run, settings_of(run, **TWO), CPU, models=models, prompts=file)
         store = FeedbackStore(
@@ -524,14 +525,14 @@ def test_what_cannot_be_compared_is_one_line(drawn, tmp_path, capsys):
     (plain / ".lock").touch()
     cases = [
         ((tmp_path / "nowhere",), "nowhere: not a run; accepted: a run's folder"),
-        ((tmp_path / "empty", "--models", "embedded"), "empty: not a run; accepted: a run's folder"),
+        ((tmp_path / "empty", "--models", "bundled"), "empty: not a run; accepted: a run's folder"),
         ((plain,), f"plain: no model/ to compare; python -m minialign.finetune {plain} makes it"),
-        ((run, "--models", "./nowhere", "embedded"), "./nowhere: not found"),
-        ((run, "--models", "embedded", "--prompts", tmp_path / "none.txt"), "none.txt: cannot be read"),
-        ((run, "--models", "embedded", "--reward", tmp_path / "empty"), "config.json: cannot be read"),
+        ((run, "--models", "./nowhere", "bundled"), "./nowhere: not found"),
+        ((run, "--models", "bundled", "--prompts", tmp_path / "none.txt"), "none.txt: cannot be read"),
+        ((run, "--models", "bundled", "--reward", tmp_path / "empty"), "config.json: cannot be read"),
         ((run, "--test-images", 1), "--test-images: '1'; accepted: a whole number from 2 to 100000"),
         ((run, "--test-images-per-prompt", 0), "--test-images-per-prompt: '0'; accepted:"),
-        ((run, "--model", "embedded"), "--model"),
+        ((run, "--model", "bundled"), "--model"),
         ((run, "--reference", tmp_path / "empty"), "empty: fewer than two images; accepted: a folder of images"),
     ]
     held = sorted(tmp_path.rglob("*"))

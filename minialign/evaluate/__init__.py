@@ -30,7 +30,7 @@ from ..pipeline import Pipeline
 from ..prompts import recognise, split, spread
 from ..reward import MODEL, REWARDS, load_reward, read_measured, scorer
 from ..shapes.world import GRAMMAR, WORLD
-from .judges import PEOPLE, REWARD, Judged, Score, TestItem, distances, judge_model, reference_images
+from .judges import BUNDLED, PEOPLE, REWARD, Judged, Score, TestItem, distances, judge_model, reference_images
 from .sets import compared_sets
 from .tables import best_of_curves, by_group, picture, samples
 
@@ -251,10 +251,11 @@ def compare_models(
 ) -> str:
     """A further comparison, kept beside others in results.json; its name there."""
     if models:
-        sources = {name: None if name == "embedded" else name for name in models}
+        names = dict.fromkeys(BUNDLED if name == "embedded" else name for name in models)  # embedded: its older name
         options = {"device": device, "dtype": getattr(torch, settings["sampling_dtype"])}
         chosen: list[Model] = []
-        for name, source in sources.items():
+        for name in names:
+            source = None if name == BUNDLED else name
             chosen.append((name, source, partial(Pipeline.from_pretrained, source, **options)))
     else:
         chosen = run_models(run, device, settings["sampling_dtype"])

@@ -27,7 +27,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="folder of a run; the result is in its results.json and report.html")
     add_run_flags(parser)
-    what = "models to compare, the first is the baseline: folders, hub ids, .safetensors files, or embedded"
+    what = "models to compare, the first is the baseline: folders, hub ids, .safetensors files, or bundled"
     add("--models", nargs="+", metavar="MODEL", help=f"{what} (default: the run's base model and RUN/model)")
     add("--prompts", type=Path, help="file of prompts (default: the run's, and prompts that its grammar holds out)")
     add("--reward", type=Path, help="a reward model's folder (default: RUN/reward, where there is one)")

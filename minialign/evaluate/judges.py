@@ -34,6 +34,7 @@ PEOPLE, REWARD, CLIP_SCORE = "people", "reward", "CLIP score"  # who judges, bes
 LABELLERS = (SIMULATED, PEOPLE)  # they label images; the others give a number
 Score = Callable[[Sequence[Path], Sequence[str]], Tensor]  # of image files and their prompts: rewards (B,)
 FEATURES = Path("cache") / "features.safetensors"
+BUNDLED = "bundled"  # the source of the bundled model
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def judge_model(
     elif score is not None:
         values[REWARD] = score(paths, texts).tolist()
     values[CLIP_SCORE] = torch.cosine_similarity(image, text).tolist()
-    return Judged(name, source or "embedded", place, paths, image, values, verdicts, readable)
+    return Judged(name, source or BUNDLED, place, paths, image, values, verdicts, readable)
 
 
 def reference_images(folder: Path) -> list[Path]:
