@@ -56,7 +56,7 @@ class Pipeline:
 
     Stable Diffusion XL has `text_encoder_2` and `tokenizer_2` besides, and may take zeros in place of an empty negative
     prompt (`zero_unconditional`). `card` is the text of the checkpoint's README.md. `world` is "shapes" for the
-    embedded checkpoint and all that is fine-tuned from it, else "". `source` says where it was loaded from.
+    bundled model and all that is fine-tuned from it, else "". `source` says where it was loaded from.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Pipeline:
     ) -> Pipeline:
         """Load a folder in the diffusers layout, a hub id, or a .safetensors file in the original layout.
 
-        None is the embedded shapes checkpoint. `variant` "fp16" reads model.fp16.safetensors of the networks that have
+        None is the bundled model. `variant` "fp16" reads model.fp16.safetensors of the networks that have
         it. `prediction_type` is for a file in the original layout alone (`original.components`), whose tokenizer is a
         folder tokenizer/ beside it or CLIP's from the hub. `vae` is a folder, a hub id or a .safetensors file of an
         autoencoder that takes the place of the source's. `hub`: token, cache_dir, local_files_only, see `resolve`.

@@ -3,7 +3,7 @@
 The prompts of Lee et al. 2023, section 3.1, name a number of objects, their color, the background, or all three. A
 `Grammar` holds the words. A `Prompt` is one sentence together with its words, so that contrastive prompts (another
 count, color, background or object) are found by comparing words (`contrastive_prompts`). SHAPES has the words of the
-embedded world, PAPER those of prompts like the paper's.
+toy data set, PAPER those of prompts like the paper's.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def of_picture(value: float, gain: float, half: float = 0.01) -> dict[str, Any]:
 
 
 def results() -> dict[str, Any]:
-    """A results.json of the embedded world."""
+    """A results.json of the bundled model."""
     before = [0.481, 0.532, 0.613, 0.584, 0.195, 0.496, 0.467, 0.352]
     after = [0.762, 0.793, 0.884, 0.855, 0.516, 0.787, 0.738, 0.611]
     curve = {"value": [0.48, 0.6, 0.66, 0.7], "ci95": [[0.44, 0.52], [0.56, 0.64], [0.62, 0.7], [0.66, 0.74]]}

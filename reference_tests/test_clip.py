@@ -115,7 +115,7 @@ ENDS = {
 
 
 def openclip_folder(folder: Path, **change: dict) -> Path:
-    """The embedded CLIP as OpenCLIP would write it, with changes to the parts of its config."""
+    """The bundled CLIP as OpenCLIP would write it, with changes to the parts of its config."""
     clip = CLIP.from_pretrained()
     weights, out = clip.state_dict(), {}
     for tower, to in (("text", ""), ("vision", "visual.")):

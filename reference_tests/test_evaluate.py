@@ -120,7 +120,7 @@ def test_sets_are_whole(tmp_path):
 
 
 def test_prompts_of_a_run_are_seen_and_those_that_its_grammar_holds_out_are_not(tmp_path):
-    of_world = [prompt.text for prompt in split(SHAPES).others][:5]  # of the embedded world, with other feedback
+    of_world = [prompt.text for prompt in split(SHAPES).others][:5]  # of the toy data set, with other feedback
     dogs = ["three dogs", "a green colored dog"]
     for number, (texts, world, unseen) in enumerate(
         [

@@ -101,7 +101,7 @@ def test_the_main_job_leaves_what_it_promises(finished):
         pairs = zip(getattr(before, part).parameters(), getattr(after, part).parameters())
         assert all(torch.equal(a, b) for a, b in pairs)
     assert RewardModel.from_pretrained(finished / "reward").config["width"] == 64
-    assert after.world == "shapes"  # what is fine-tuned from the embedded model is of its world
+    assert after.world == "shapes"  # what is fine-tuned from the bundled model is of its world
     pytest.importorskip("matplotlib")
     assert (finished / "reward" / "calibration.png").exists() and "<svg" in (finished / "report.html").read_text()
 

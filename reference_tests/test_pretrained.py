@@ -86,7 +86,7 @@ def test_of_a_hub_repository_the_one_variant_is_fetched_where_there_are_no_plain
 
 
 def test_a_text_tower_with_the_rest_of_clip(folder):
-    """The embedded CLIP's own file: its text tower is the pipeline's, whatever else there is."""
+    """The bundled CLIP's own file: its text tower is the pipeline's, whatever else there is."""
     weights = load_file(folder / TEXT)
     width = weights["text_model.final_layer_norm.weight"].shape[0]
     rest = {"vision_model.post_layernorm.bias": torch.zeros(3), "logit_scale": torch.ones(())}

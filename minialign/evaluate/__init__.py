@@ -55,7 +55,7 @@ def test_items(run: Run, settings: Mapping[str, Any], file: Path | None = None) 
     """The prompts and starting noises that models are compared on, spread evenly over categories and over `sides`.
 
     The prompts of `file`, or the run's own and, where they are of a grammar, those that it holds out from feedback. Of
-    a run in the embedded world with the world's prompts, all that get feedback and all that are held out. InputError
+    a run of the bundled model with prompts of its grammar, all that get feedback and all that are held out. InputError
     where there are none.
     """
     rng, seed = random.Random(settings["seed"]), settings["seed"]

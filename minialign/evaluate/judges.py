@@ -138,7 +138,7 @@ def distances(
 ) -> dict[str, Any]:
     """Frechet distance and CMMD of each model's images to good ones, their diversity and their readable fraction.
 
-    Good ones are the image files `images`; else, in the embedded world, a fresh drawing of what each readable
+    Good ones are the image files `images`; else, with the bundled model, a fresh drawing of what each readable
     image shows, as many of every model; else the images of the run that are labelled good. "reference" says which.
     """
     result: dict[str, Any] = {"reference": None, "frechet": {}, "cmmd": {}, "diversity": {}, "readable": {}}

@@ -1,6 +1,6 @@
 """Sets of images of a prompt, compared as the paper does (Lee et al. 2023, section 4): two thirds of the raters decide.
 
-In the embedded world a rater is the simulated annotator, or a copy of it that errs at random. Alignment: the set with
+With the bundled model a rater is the simulated annotator, or a copy of it that errs at random. Alignment: the set with
 more good images is better. Fidelity: the one with more clean images (`clean`) is.
 """
 

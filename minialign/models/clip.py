@@ -319,7 +319,7 @@ class CLIP(CLIPTowers):
     ) -> CLIP:
         """Load a CLIPModel folder or hub id (the paper: openai/clip-vit-large-patch14), or one in OpenCLIP's layout.
 
-        None is the embedded one. `hub`: token, cache_dir, local_files_only, see `resolve`.
+        None is the bundled one. `hub`: token, cache_dir, local_files_only, see `resolve`.
         """
         patterns, hub = [*FILES, *weights_patterns("", WEIGHTS[1])], {"revision": revision} | hub
         try:

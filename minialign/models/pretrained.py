@@ -58,7 +58,7 @@ def resolve(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Where a source is: None is the embedded checkpoint, a folder or .safetensors file is itself, a hub id fetched.
+    """Where a source is: None is the bundled model, a folder or .safetensors file is itself, a hub id fetched.
 
     Of a hub repository only files that match `patterns` are fetched; what is in the cache needs no network. `accepted`
     is said where the source is none. The other keywords are huggingface_hub's; its environment variables (HF_TOKEN,

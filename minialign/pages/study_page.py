@@ -480,8 +480,8 @@ def plot_sets(path: Path, matches: Sequence[Match], rater: str, results: Results
 # --------------------------------------------------------------------------------------------------------- the page
 HEAD = """# The study: what each design choice does
 
-The world is small and embedded in the package, and the annotator is **simulated**: a program that looks at pixels.
-Nothing here was shown of people, nor of Stable Diffusion.
+The data set is a toy data set that comes with the package, and the annotator is **simulated**: a program that reads
+pixels. Nothing here was shown with people's labels or on Stable Diffusion.
 """
 
 
