@@ -644,6 +644,18 @@ def command(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
     return ended.value.code, *capsys.readouterr()
 
 
+def test_help_is_in_groups(capsys):
+    with pytest.raises(SystemExit):
+        label.parse_arguments(["--help"])
+    groups = dict(part.split(":\n", 1) for part in capsys.readouterr().out.split("\n\n")[2:] if ":\n" in part)
+    told = {title: re.findall(r"^  (?:-h, )?(--[\w-]+)", lines, re.M) for title, lines in groups.items()}
+    assert told["run"] == ["--help", "--out", "--redo", "--device"]
+    assert told["labelling"] == ["--labeller", "--guide", "--labels-per-image", "--images"]
+    assert told["comparison"] == ["--compare", "--sets"]
+    assert told["server"] == ["--port", "--host", "--origin", "--token-file", "--no-browser"]
+    assert told["in place of the page"] == ["--export", "--import", "--annotator", "--summary"]
+
+
 def test_errors_of_the_command_are_one_line(run, tmp_path, monkeypatch, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()

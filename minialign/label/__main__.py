@@ -74,36 +74,34 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("run", type=Path, metavar="RUN", help=what)
     begun = "folder of a run that is made of images (default: runs/NAME, NAME of the folder or file)"
     add("--out", type=Path, metavar="RUN", help=begun)
-    other = "another run, or a folder of images with the same names: ask blind which image of two is better"
-    add("--compare", type=Path, metavar="OTHER", help=other)
-    sets = "with --compare: sets of N images of a prompt in place of single ones; 4 in the paper (default: 1)"
-    add("--sets", type=in_range(int, 1, LARGEST_SET), default=1, metavar="N", help=sets)
+    add = parser.add_argument_group("labelling").add_argument
     add("--labeller", type=_name, help="name of the labeller (default: the page asks)")
     guide = "instructions for labellers, shown as plain text on the first page and under Help"
     add("--guide", type=Path, metavar="FILE.md", help=guide)
     enough = "stop asking for an image once N people have labelled it (default: everybody labels every image)"
     add("--labels-per-image", type=in_range(int, 1), metavar="N", help=enough)
     add("--images", type=Path, metavar="FOLDER", help="a folder outside RUN from which images may be shown")
+    add = parser.add_argument_group("comparison").add_argument
+    other = "another run, or a folder of images with the same names: ask blind which image of two is better"
+    add("--compare", type=Path, metavar="OTHER", help=other)
+    sets = "with --compare: sets of N images of a prompt in place of single ones; 4 in the paper (default: 1)"
+    add("--sets", type=in_range(int, 1, LARGEST_SET), default=1, metavar="N", help=sets)
+    add = parser.add_argument_group("server").add_argument
     add("--port", type=in_range(int, 0, 65535), default=8765, help="0 takes any free port (default: 8765)")
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
-    add(
-        "--origin",
-        type=_origin,
-        metavar="URL",
-        help="public address of the page behind a proxy, such as https://example.org/label",
-    )
+    origin = "public address of the page behind a proxy, such as https://example.org/label"
+    add("--origin", type=_origin, metavar="URL", help=origin)
     token = f"file whose first line is the page's token (default: environment variable {TOKEN}, else a new token)"
     add("--token-file", type=Path, metavar="FILE", help=token)
     add("--no-browser", action="store_true", help="do not open the page")
-    instead = parser.add_mutually_exclusive_group()
+    add = parser.add_argument_group("in place of the page").add_mutually_exclusive_group().add_argument
     written = "write labels (with --compare: comparisons) to a file: .csv, .tsv or .jsonl"
-    instead.add_argument("--export", type=Path, metavar="FILE", help=written)
+    add("--export", type=Path, metavar="FILE", help=written)
     taken = "add the labels or comparisons of a file with columns such as prompt, image, label; makes RUN if needed"
-    instead.add_argument("--import", type=Path, metavar="FILE", dest="take", help=taken)
+    add("--import", type=Path, metavar="FILE", dest="take", help=taken)
     program = "let the simulated annotator of the bundled model label instead of a person"
-    instead.add_argument("--annotator", action="store_true", help=program)
-    agreement = "print how many labels there are and how often labellers agree"
-    instead.add_argument("--summary", action="store_true", help=agreement)
+    add("--annotator", action="store_true", help=program)
+    add("--summary", action="store_true", help="print how many labels there are and how often labellers agree")
     add_reading_flags(parser)
     add_run_flags(parser)
     add_flags(parser, "label")
