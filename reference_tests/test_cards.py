@@ -72,6 +72,10 @@ def test_the_reward_models_table_and_card():
     assert line(known, "with the auxiliary loss").endswith("86.8 % 0.918 0.031 0.112 74.4 %")
     assert line(new, "with the auxiliary loss").endswith("83.4 % 0.884 0.031 0.112 74.4 %")
     assert line(new, "raw CLIP score").endswith("0.822 0.031 0.112 74.4 %")
+    few = reward["held_out"] | {"known prompts": {"labels": 1, "prompts": 1, "good_fraction": 1.0, "comparisons": 1}}
+    told = cards.reward_table(reward | {"labels": 1, "comparisons": 1, "held_out": few})
+    assert "\nknown prompts: 1 held-out label of 1 prompt; " in told and "; 1 held-out comparison\n" in told
+    assert told.startswith("1 label, ") and "; 1 comparison.\n" in told
     card = cards.reward_card(reward)
     assert text in card and "minialign's bundled CLIP" in card and "| lambda | 0.5 |" in card
     reward["settings"]["lambda"] = 0

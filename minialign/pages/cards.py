@@ -206,8 +206,8 @@ def reward_table(reward: Mapping[str, Any]) -> str:
     """How well a reward model predicts held-out labels, as text. `reward` is the content of held_out.json."""
     head = "no labels"
     if reward["labels"]:
-        head = f"{reward['labels']:,} labels, {number(reward['good_fraction'], True)} good"
-    head += f"; {reward['comparisons']:,} comparisons." if "comparisons" in reward else "."
+        head = f"{_counted(reward['labels'], 'label')}, {number(reward['good_fraction'], True)} good"
+    head += f"; {_counted(reward['comparisons'], 'comparison')}." if "comparisons" in reward else "."
     if "terms" in reward:
         head = f"The reward of the images is {reward_words(reward)}.\n{head}"
     if not reward["labels"] and "comparisons" not in reward:
@@ -215,12 +215,13 @@ def reward_table(reward: Mapping[str, Any]) -> str:
     lines = []
     for split, held_out in reward["held_out"].items():
         good = held_out["good_fraction"]
-        summary = f"{split}: {held_out['labels']:,} held-out labels of {held_out['prompts']:,} prompts"
+        of_prompts = f"of {_counted(held_out['prompts'], 'prompt')}"
+        summary = f"{split}: {_counted(held_out['labels'], 'held-out label')} {of_prompts}"
         if good is not None:
             commoner = "good" if good > 0.5 else "bad"
             summary += f"; always predicting {commoner} is right for {number(max(good, 1 - good), True)}"
         compared = f"{'pairs ranked right':>20}" if "comparisons" in held_out else ""
-        summary += f"; {held_out['comparisons']:,} held-out comparisons" if compared else ""
+        summary += f"; {_counted(held_out['comparisons'], 'held-out comparison')}" if compared else ""
         heads = f"{'':25}{'accuracy':>9}{'AUC':>7}{'ECE':>7}{'Brier':>7}{'prompt accuracy':>17}{compared}"
         lines += ["", summary, heads]
         for model, by_split in reward["measured"].items():
@@ -229,6 +230,10 @@ def reward_table(reward: Mapping[str, Any]) -> str:
     if not lines:
         return f"{head} Too few prompts, or labels of one kind only, to hold any out: nothing was measured."
     return "\n".join([head, *lines])
+
+
+def _counted(value: int, what: str) -> str:
+    return f"{value:,} {what}{'s' * (value != 1)}"
 
 
 def reward_words(reward: Mapping[str, Any]) -> str:
