@@ -398,7 +398,7 @@ def test_imported_prompts_of_people_are_not_fine_tuned_on_the_bundled_model(tmp_
 def test_weights_that_are_all_zero_are_refused(finished, tmp_path, capsys):
     run = shutil.copytree(finished, tmp_path / "run")
     code, _, err = command(main, capsys, run, "--weighting", "threshold", "--tau", 2, "--redo")
-    assert code == 2 and "--weighting threshold --tau 2.0: no image weighs anything" in err
+    assert code == 2 and "--weighting threshold --tau 2.0: no image weighs anything; accepted: another" in err
 
 
 def test_a_recipe_stands_for_flags(tmp_path):

@@ -85,7 +85,10 @@ def model_weights(folder: Path, settings: dict[str, Any]) -> Tensor:
     weight = weighting.weight(read_weights(folder / REWARDS)["reward"], settings["tau"] or weighting.tau)
     if not weight.any() or not weight.isfinite().all():
         tau = "" if settings["tau"] is None else f" --tau {settings['tau']}"
-        raise InputError(f"--weighting {settings['weighting']}{tau}: no image weighs anything")
+        raise InputError(
+            f"--weighting {settings['weighting']}{tau}: no image weighs anything; accepted: another --weighting, --tau "
+            "or --reward"
+        )
     return weight
 
 
