@@ -93,6 +93,13 @@ def test_what_is_not_given_is_not_there():
         parser("generate", without=("model",)).parse_args(["--model", "x"])
 
 
+def test_a_second_reward_is_refused_and_not_taken_in_place_of_the_first(capsys):
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--reward", "learned", "--reward=clip-score"])
+    assert "--reward: given twice; accepted: once, with commas between the terms" in capsys.readouterr().err
+    assert parser().parse_args(["--reward", "learned,clip-score"]).reward == "learned,clip-score"
+
+
 def test_files_are_given_by_absolute_paths_and_hub_ids_as_they_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("prompts.txt", "vae.safetensors"):

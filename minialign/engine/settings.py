@@ -241,7 +241,17 @@ def add_flags(
             count = isinstance(default, int) or setting.name.endswith("per_prompt")
             flags = (setting.flag, *(spellings or {}).get(setting.name, ()))
             metavar = "N" if count else setting.name.upper().split("_")[-1]
-            group.add_argument(*flags, type=setting.kind, metavar=metavar, help=setting.help)
+            action = Once if setting.kind is reward_terms else "store"
+            group.add_argument(*flags, type=setting.kind, metavar=metavar, help=setting.help, action=action)
+
+
+class Once(argparse.Action):
+    """A flag whose second value is an error, since it would not add to the first."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(self, "given twice; accepted: once, with commas between the terms")
+        setattr(namespace, self.dest, values)
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
