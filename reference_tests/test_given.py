@@ -252,6 +252,11 @@ def test_after_a_mistake_the_run_is_as_usable_as_before(run, tmp_path, capsys):
     code, _, err = command(main, capsys, run, *small, "--contrastive", tmp_path / "own.json")
     assert code == 2 and "own.json: a JSON object is needed, not list" in err
     assert {path: path.read_bytes() for path in (run / "reward").iterdir()} == before
+    (tmp_path / "mine.py").write_text("def f(images, prompts):\n    return [0.5]\n")
+    code, _, err = command(main, capsys, run, *named, "--redo")
+    assert code == 2 and "1 numbers for 32 images" in err
+    assert {path: path.read_bytes() for path in (run / "reward").iterdir()} == before and (run / REWARDS).is_file()
+    assert "done before" in command(main, capsys, run, *small[:-1])[1]
     code, _, err = command(main, capsys, run, "--reward", shutil.copytree(run, tmp_path / "other"), "--redo")
     assert code == 2 and f"other: a run, not a reward model; accepted: {tmp_path / 'other' / 'reward'}\n" in err
 

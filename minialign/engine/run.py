@@ -37,8 +37,7 @@ OUTPUTS = {  # what each stage writes into the folder of a run, as patterns
     "label": (),
     "reward": (
         "reward/config.json", "reward/model.safetensors", "reward/held_out.json", "reward/README.md",
-        "reward/calibration.png", "cache/rewards.safetensors", "cache/scores-*.safetensors",
-        "tensorboard/reward/events.*",
+        "reward/calibration.png", "cache/rewards.safetensors", "tensorboard/reward/events.*",
     ),
     "finetune": (
         *(f"checkpoints/{step}[0-9]*/{name}" for step in ("step-", "damaged-step-")
@@ -50,7 +49,8 @@ OUTPUTS = {  # what each stage writes into the folder of a run, as patterns
 }  # fmt: skip
 OTHER_OUTPUTS = (  # of no single stage: images of comparisons, caches, logs; at the end the files that make it a run
     *(f"compare/*/{name}" for name in ("config.json", "feedback.sqlite*", ".lock")), "model/README.md",
-    *(f"cache/{name}" for name in ("features*.safetensors", "entries-*.safetensors", "entries-*.bad")),
+    *(f"cache/{name}" for name in ("features*.safetensors", "scores-*.safetensors")),
+    *(f"cache/{name}" for name in ("entries-*.safetensors", "entries-*.bad")),
     "cache/skipped*.jsonl", "results.json", "report.html", "feedback.sqlite*", "metrics.jsonl", "stages.json",
     "config.json",
 )  # fmt: skip

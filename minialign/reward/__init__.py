@@ -202,6 +202,10 @@ def learn_from_run(run: Run, settings: dict[str, Any], device: torch.device, red
                 with closing(FeedbackStore(run.folder, read_only=True)) as store:
                     read_contrastive(Path(settings["contrastive"]), [image.prompt for image in store.images()])
                 made_from["contrastive prompts"] = digest(read_bytes(Path(settings["contrastive"])))
+        if redo and rewards.functions:  # one that fails is reported before an earlier result is removed
+            stored = read_labels(run.folder)[1]
+            for term in rewards.functions:
+                rewards.raw(term, [image.path for image in stored], [image.prompt for image in stored])
         return made_from if rewards.only_learned else made_from | {"reward": rewards.digest()}
 
     why = "a reward model learns from the labels and scores all images"

@@ -126,6 +126,10 @@ class Rewards:
     def only_learned(self) -> bool:
         return all(term.what == LEARNED for term in self.terms)
 
+    @property
+    def functions(self) -> list[Term]:
+        return [term for term in self.terms if term.is_function]
+
     def clip(self, source: str | None) -> CLIP:
         if source not in self._clips:
             self._clips[source] = CLIP.from_pretrained(source, device=self.device)
