@@ -1269,7 +1269,8 @@ def test_zoom_names_and_keyboards(browser, run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_verdict_that_is_lost_is_sent_again_once(browser, run):
+@pytest.mark.parametrize("token", [TOKEN, "a-new-token-of-some-length"])
+def test_a_verdict_that_is_lost_is_sent_again_once(browser, run, token):
     server = Server(LabelBook(FeedbackStore(run)), "127.0.0.1", 0, TOKEN, labeller="Ann")
     port = server.server_port
 
@@ -1293,11 +1294,20 @@ def test_a_verdict_that_is_lost_is_sent_again_once(browser, run):
     stop(server, thread)
     browser.switch_to.active_element.send_keys("g")
     told = wait(browser, "return !$('error').hidden && $('error').textContent")
-    assert "Your last verdict is sent again" in told and not kept(run)
-    server = Server(LabelBook(FeedbackStore(run)), "127.0.0.1", port, TOKEN, labeller="Ann")
+    assert told.endswith("open the address that it prints: your last verdict is then sent again.") and not kept(run)
+    server = Server(LabelBook(FeedbackStore(run)), "127.0.0.1", port, token, labeller="Ann")
     calls, save = [], server.book.save
     server.book.save = lambda *given: calls.append(given) or save(*given)
     thread = started(server)
+    if token != TOKEN:  # the page's cookie is refused until the new address is opened
+        time.sleep(1.2)  # two polls
+        assert calls == [] and browser.execute_script("return $('error').textContent") == told
+        first = browser.current_window_handle
+        browser.switch_to.new_window("tab")
+        browser.get(f"http://127.0.0.1:{port}/?token={token}")
+        wait(browser, IDLE)
+        browser.close()
+        browser.switch_to.window(first)
     wait(browser, IDLE)
     assert kept(run) == {("Ann", image): "good"} and calls == [("Ann", image, "good")]
     assert browser.execute_script("return $('error').hidden && past.length === 1")

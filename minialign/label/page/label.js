@@ -192,8 +192,9 @@ async function save(one, value) {
   const send = () => ask("api/verdict", { labeller, image: one.id, verdict: value });
   const answer = await send().catch(async (error) => {
     if (!error.lost) throw error;
-    fail("The server does not answer; is it still running? Your last verdict is sent again when it is back.");
-    while (!(await fetch("api/setup", { cache: "no-store" }).catch(() => null))) await pause(500);
+    fail("The server does not answer. When it runs again, open the address that it prints: your last verdict is then sent again.");
+    // A restarted server has a new token and refuses this page's, until the tab that it opens has set the cookie for both.
+    while (!(await fetch("api/setup", { cache: "no-store" }).catch(() => null))?.ok) await pause(500);
     return send(); // once: if it fails again, the error is shown
   });
   const reply = await answer.json();
