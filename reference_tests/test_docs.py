@@ -26,6 +26,7 @@ import minialign
 from minialign import reward_weighted_loss
 from minialign.engine.settings import RECIPES, SETTINGS
 from minialign.evaluate.__main__ import main as evaluate
+from minialign.feedback import import_into_run
 from minialign.finetune.__main__ import main as finetune
 from minialign.generate import main as generate
 from minialign.label.__main__ import main as label
@@ -56,6 +57,8 @@ def test_python_snippets_run(page, tmp_path, monkeypatch):
         exec(compile(snippet, page.name, "exec"), {})
     if page.name == "README.md":
         assert (tmp_path / "stars.png").exists()
+    if page == FORMATS:  # its bytes of images are files now, and their pairs are read
+        assert import_into_run(tmp_path / "run", tmp_path / "pick-a-pic" / "pairs.jsonl") == (0, 1)
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["diffusers", "flow matching"])

@@ -113,6 +113,18 @@ def test_other_columns_are_named_by_a_flag(images):
         taken(images, rows, Reading((("image", "w"),)))
 
 
+def test_mean_scores_of_images_are_read_by_two_flags(images):
+    """The shape of AGIQA-3K's data.csv."""
+    rows = [
+        ("name", "prompt", "adj1", "adj2", "style", "mos_quality", "std_quality", "mos_align", "std_align"),
+        ("0.png", '"a cat, anime style"', "", "", "anime style", "3.1", "0.5", "0.409", "0.6"),
+        ("1.png", "a cat", "", "", "", "1.1", "0.5", "3.871", "0.6"),
+    ]
+    how = Reading((("image", "name"), ("label", "mos_align")), good_from=2.5)
+    found = [(prompt, image, verdict) for prompt, image, _, verdict, _ in taken(images, rows, how, "csv")[0]]
+    assert found == [("a cat, anime style", "0.png", "bad"), ("a cat", "1.png", "good")]
+
+
 def test_scores_become_verdicts_or_soft_labels(images):
     rows = [{"prompt": "a", "image": f"{i}.png", "label": score} for i, score in enumerate([1, 3, "3.5", 5.0, "skip"])]
     found = taken(images, rows, Reading(good_from=3.5))[0]
