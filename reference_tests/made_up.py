@@ -71,6 +71,8 @@ def results() -> dict[str, Any]:
             "cmmd": dict(zip(MODELS, (1.207, 1.355))),
             "diversity": dict(zip(MODELS, (0.312, 0.268))),
             "readable": dict(zip(MODELS, (0.957, 0.943))),
+            "gains": {"diversity": {"fine-tuned": {"gain": -0.044, "gain_ci95": [-0.061, -0.027]}},
+                      "readable": {"fine-tuned": {"gain": -0.014, "gain_ci95": [-0.031, 0.003]}}},
             "picture": {"saturation": of_picture(0.401, 0.023), "brightness": of_picture(0.655, -0.012)},
             "best_of_n": {"reward": {"simulated annotator": dict(zip(MODELS, (curve, best)))}},
             "samples": [],

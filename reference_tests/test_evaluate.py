@@ -1,5 +1,6 @@
 """What models are compared on, what judges say of their images, and the command that compares."""
 
+import itertools
 import json
 import math
 import random
@@ -28,7 +29,7 @@ from minialign.evaluate.judges import (
     reference_images,
 )
 from minialign.evaluate.sets import clean, compared_sets, outcome_fractions, outcomes, rows_of_sets
-from minialign.evaluate.tables import SAMPLES, best_of_curves, by_group, picture, samples
+from minialign.evaluate.tables import SAMPLES, best_of_curves, by_group, gains, picture, samples
 from minialign.feedback import FeedbackStore
 from minialign.files import InputError
 from minialign.generate import noise_seed
@@ -281,6 +282,33 @@ def test_sets_are_compared_by_kind_rater_and_group(clip, tmp_path, monkeypatch):
     assert found["compared"]["alignment"]["people"]["B"]["overall"]["n"] == 2  # one set is not labelled whole
     assert found["compared"]["fidelity"]["simulated annotator"]["B"]["overall"]["lost"] == 1
     assert "nine noisy copies" in found["compared"]["fidelity"]
+
+
+def test_gains_of_diversity_and_of_the_readable_fraction_have_intervals_over_prompts():
+    """Pair by pair: each distance of two images of one prompt, whose deviations are summed within the prompt."""
+    g, items = torch.Generator().manual_seed(0), items_of("aaabbccccd")
+    verdicts = {"A": ["good", "skip"] * 5, "B": ["bad"] * 7 + ["skip"] * 3}
+    sides = [
+        replace(side(name, CLIP_score=[0.5] * 10), features=torch.randn(10, 8, generator=g), verdicts=verdicts[name],
+                readable=0.5)
+        for name in "AB"
+    ]  # fmt: skip
+    found = gains(sides, items)
+    prompts, pairs = [item.prompt for item in items], []
+    for i, j in itertools.permutations(range(10), 2):
+        if prompts[i] == prompts[j]:
+            cosines = [float(torch.cosine_similarity(one.features[i], one.features[j], dim=0)) for one in sides]
+            pairs.append((prompts[i], *(1 - cosine for cosine in cosines)))
+    texts, before, after = zip(*pairs)
+    one = found["diversity"]["B"]
+    assert one["gain"] == pytest.approx(diversity(sides[1].features, prompts) - diversity(sides[0].features, prompts))
+    assert one["gain_ci95"] == pytest.approx(paired_interval(before, after, texts, (-2, 2)), abs=1e-6)
+    one = found["readable"]["B"]
+    readable = ([float(verdict != "skip") for verdict in verdicts[name]] for name in "AB")
+    assert one["gain"] == pytest.approx(0.7 - 0.5) and one["gain_ci95"] == paired_interval(*readable, prompts)
+    alone = [replace(one, readable=None) for one in sides]
+    assert gains(alone, items)["readable"] == {} and gains([replace(one, features=one.features[:2]) for one in alone],
+                                                           items_of("ab"))["diversity"] == {}  # fmt: skip
 
 
 def test_samples_are_the_first_of_each_group():

@@ -99,6 +99,10 @@ def test_says_every_headline_number(tmp_path: Path, request: pytest.FixtureReque
         "0.424",
         "+0.023",
         "+0.013 to +0.033",
+        "−0.044",
+        "−0.061 to −0.027",
+        "−1.4",
+        "−3.1 to +0.3",
     ]
     numbers += ["0.918", "0.884", "0.831", "86.8 %", "48.6 %", "1,280", "2,560", "192", "217", "151"]
     numbers += ["3 min 45 s", "1 min 52 s", "1.9 s", "2.99.1"]
@@ -113,6 +117,7 @@ def test_says_every_headline_number(tmp_path: Path, request: pytest.FixtureReque
         "flat denoising loss is normal",
     )
     assert [word for word in words if word not in page] == []
+    assert page.count("one number for all images, so it has no interval") == 2  # of the two distances
     assert [tag for tag, _ in parsed.seen].count("svg") == (10 if charts else 0)
     assert ("adds them" in page) != charts
     assert [tag for tag, _ in parsed.seen].count("img") == 4

@@ -32,7 +32,7 @@ from ..reward import MODEL, REWARDS, load_reward, read_measured, scorer
 from ..shapes.world import GRAMMAR, WORLD
 from .judges import BUNDLED, PEOPLE, REWARD, Judged, Score, TestItem, distances, judge_model, reference_images
 from .sets import compared_sets
-from .tables import best_of_curves, by_group, picture, samples
+from .tables import best_of_curves, by_group, gains, picture, samples
 
 __all__ = [
     "Judged",
@@ -179,6 +179,7 @@ def evaluate(
         "judged": judged,
         **distances(run, good, sides, items, clip, settings["seed"]),
         **({"reference": str(reference)} if reference is not None else {}),
+        "gains": gains(sides, items),
         "picture": picture(sides, items),
         "best_of_n": best_of_curves(sides, items),
         **({"sets": compared_sets(sides, items, size, clip, settings["seed"])} if (size := settings["sets"]) else {}),

@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..data import open_image
-from ..measures import PICTURE, best_of, paired_interval, wilson_interval
+from ..measures import PICTURE, best_of, diversity, paired_interval, wilson_interval
 from .judges import CLIP_SCORE, LABELLERS, REWARD, Judged, TestItem
 
 SAMPLES = 8  # of each group that the report shows
-RANGES = {CLIP_SCORE: (-1.0, 1.0), "color entropy": (0.0, 9.0)}  # of numbers; of the others 0 to 1
+# the least and the greatest value of a number, where they are not 0 and 1
+RANGES = {CLIP_SCORE: (-1.0, 1.0), "color entropy": (0.0, 9.0), "diversity": (0.0, 2.0)}
 
 
 def by_group(sides: Sequence[Judged], judge: str, items: Sequence[TestItem]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -77,6 +79,33 @@ def picture(sides: Sequence[Judged], items: Sequence[TestItem]) -> dict[str, dic
                 table[name][side.name] |= _gain(list(zip(texts, first[name], values)), name)
         first = first or numbers
     return table
+
+
+def gains(sides: Sequence[Judged], items: Sequence[TestItem]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Diversity and the readable fraction against the first model's: name -> model -> gain and gain_ci95."""
+    table: dict[str, dict[str, dict[str, Any]]] = {"diversity": {}, "readable": {}}
+    first, texts = sides[0], [item.prompt for item in items]
+    for side in sides[1:]:
+        pairs = zip(_pair_distances(first.features, texts), _pair_distances(side.features, texts))
+        if rows := [(text, distance, now) for (text, distance), (_, now) in pairs]:
+            table["diversity"][side.name] = _gain(rows, "diversity")
+        if first.readable is not None and side.readable is not None:
+            before, after = ([float(verdict != "skip") for verdict in one.verdicts] for one in (first, side))
+            table["readable"][side.name] = _gain(list(zip(texts, before, after)), "readable")
+    return table
+
+
+def _pair_distances(features: Tensor, texts: Sequence[str]) -> list[tuple[str, float]]:
+    """For each ordered pair of images of one prompt: the prompt, and the mean distance of all its pairs.
+
+    `diversity` is the mean of these numbers. An interval sums them within each prompt: each pair's own distance would
+    give the same one.
+    """
+    rows: dict[str, list[int]] = {}
+    for i, text in enumerate(texts):
+        rows.setdefault(text, []).append(i)
+    distances = [(text, diversity(features[same], [text] * len(same)), len(same)) for text, same in rows.items()]
+    return [(text, mean) for text, mean, n in distances if mean is not None for _ in range(n * (n - 1))]
 
 
 def best_of_curves(sides: Sequence[Judged], items: Sequence[TestItem]) -> dict[str, dict[str, dict[str, Any]]]:

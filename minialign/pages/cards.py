@@ -87,7 +87,8 @@ def comparison(evaluation: Mapping[str, Any]) -> str:
     for key, title in MEASURES.items():
         measured = evaluation.get(key) or {}
         if any(measured.get(name) is not None for name in models):
-            lines.append(_line(title, {name: number(measured.get(name), key == "readable") for name in models}))
+            cells = {name: number(measured.get(name), key == "readable") for name in models}
+            lines.append(_line(title, cells, _gains(evaluation.get("gains", {}).get(key, {}), key == "readable")))
     for measure, table in (evaluation.get("picture") or {}).items():
         means = {name: number(table.get(name, {}).get("value"), False) for name in models}
         lines.append(_line(f"mean {measure}", means, _gains(table, False)))

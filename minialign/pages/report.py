@@ -45,9 +45,10 @@ SHOWN, LARGEST = 6, 256  # pairs of a category before the fold; pixels of the lo
 FLAG = "<code>--test-images</code>"
 OUTCOMES = ("won", "tied", "lost")  # of pairs of sets
 FEW = 100  # judged images of each model, below which the page says that they are few
+ONE = "one number for all images, so it has no interval"
 COSTS = {  # key of an evaluation: name, meaning, whether it is a fraction of images
-    "frechet": ("Fréchet distance", "between CLIP features of the images and of {}: lower is better", False),
-    "cmmd": ("CMMD", "another distance between the same features: lower is better", False),
+    "frechet": ("Fréchet distance", f"between CLIP features of the images and of {{}}: lower is better; {ONE}", False),
+    "cmmd": ("CMMD", f"another distance between the same features: lower is better; {ONE}", False),
     "diversity": ("Diversity", "CLIP distance between images of one prompt: higher is more varied", False),
     "readable": ("Readable", "images clear enough to be judged: higher is better", True),
 }
@@ -388,11 +389,15 @@ def _changes(evaluation: Mapping[str, Any]) -> str:
         numbers = evaluation.get(key) or {}
         if any(numbers.get(model) is not None for model in models):
             entries = [{"value": numbers.get(model)} for model in models]
-            first = entries[0]["value"]
+            first, gains = entries[0]["value"], (evaluation.get("gains") or {}).get(key) or {}
             for entry in entries[1:] if first is not None else ():
                 entry["gain"] = None if entry["value"] is None else entry["value"] - first
+            for model, gain in gains.items():
+                entries[models.index(model)] |= gain
             cells = _cells(entries, percent)
-            rows.append((f"{title}\n{meaning.format(truth)}", *(cell.partition("\n")[0] for cell in cells)))
+            if not gains:
+                cells = [cell.partition("\n")[0] for cell in cells]
+            rows.append((f"{title}\n{meaning.format(truth)}", *cells))
     for name, meaning in PICTURE.items():
         if numbers := (evaluation.get("picture") or {}).get(name):
             cells = _cells([numbers.get(model) or {} for model in models], False)
