@@ -147,7 +147,7 @@ class Run:
         self._finish(name, time.perf_counter() - begin)
 
     def _plan(self, name: str, own: dict[str, Any], inputs: Callable[[], Mapping[str, str]], redo: bool) -> bool | str:
-        """True if the stage has to run (recorded as begun), False if it is done, or a line that says why it cannot run."""
+        """True if the stage has to run (and has begun), False if it is done, or a line that says why it cannot run."""
         try:
             made_from = {key: value for key, value in own.items() if counts(key)} | dict(inputs())
             state = self.stages.get(name)

@@ -20,7 +20,7 @@ RANGES = {CLIP_SCORE: (-1.0, 1.0), "color entropy": (0.0, 9.0), "diversity": (0.
 
 
 def by_group(sides: Sequence[Judged], judge: str, items: Sequence[TestItem]) -> dict[str, dict[str, dict[str, Any]]]:
-    """What a judge says of each model by group: model -> group -> value, n, ci95, and gain over the first model.
+    """Means of a judge's labels or scores: model -> group -> value, n, ci95, and gain over the first model.
 
     The interval of a fraction is Wilson's, that of a mean number and of a gain `paired_interval`'s, over prompts.
     """

@@ -1,7 +1,8 @@
 """Results as text: tables for the terminal, and the cards (README.md) of fine-tuned and reward models.
 
-An `evaluation` here is that of results.json: models by name, judges by name, and what each judge says of each model's
-images, by group of prompts (docs/formats.md). The first model is what the others are compared with.
+An `evaluation` here is that of results.json: models by name, judges by name, and the means of each judge's labels or
+scores of each model's images, by group of prompts (docs/formats.md). The first model is what the others are compared
+with.
 """
 
 from __future__ import annotations

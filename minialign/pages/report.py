@@ -234,7 +234,7 @@ def _headline(evaluation: Mapping[str, Any], judge: str) -> str:
 
 
 def _judged(evaluation: Mapping[str, Any], judge: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """What a judge says of each model that it judged: names and groups, the model that gains are over first."""
+    """The models that a judge judged, and its means by group; the model that gains are over comes first."""
     table = (evaluation.get("judged") or {}).get(judge) or {}
     return [(name, table[name]) for name in evaluation.get("models") or table if name in table]
 
