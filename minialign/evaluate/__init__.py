@@ -1,7 +1,8 @@
 """Section 4 of the paper: what fine-tuning did to alignment, fidelity and diversity; the stage and its results file.
 
 `evaluate_run` compares a run's model before and after; `compare_models` any models, on any prompts. Both write the same
-thing: each judge's labels or scores by group, distances to good images, and the best of N (docs/formats.md, results.json).
+thing: each judge's labels or scores by group, distances to good images, and the best of N (docs/formats.md,
+results.json).
 """
 
 from __future__ import annotations
