@@ -17,7 +17,13 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """Synchronised timing: pytest-benchmark's own clock becomes that of the device."""
-    device = torch.device(config.getoption("--device"))
+    name = config.getoption("--device")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "meta"):  # others would be timed without waiting for them
+        raise pytest.UsageError(f"--device {name}: accepted: cpu, cuda, cuda:N, meta")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch sees no CUDA device here; accepted: cpu, meta")
     if device.index is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -185,6 +186,15 @@ def test_the_clock_of_a_gpu_waits_for_it(monkeypatch):
     clock = pairs.clock_of(torch.device("cuda"))
     assert [clock(), clock(), clock()] == [0.0, 2.5, 2.75] and log == ["record", "wait"] * 3
     assert pairs.clock_of(torch.device("cpu")) is time.perf_counter
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "no device"])
+def test_a_device_whose_clock_is_not_known_is_refused(device):
+    spec = importlib.util.spec_from_file_location("conftest_of_bench", BENCH / "conftest.py")
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    with pytest.raises(pytest.UsageError, match=f"^--device {device}: accepted: cpu, cuda, cuda:N, meta$"):
+        conftest.pytest_configure(SimpleNamespace(getoption=lambda name: device))
 
 
 @pytest.mark.slow
