@@ -166,7 +166,8 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _goal(value: float, goal: float | None, most: bool = False) -> str:
+def judged(value: float, goal: float | None, most: bool = False) -> str:
+    """A goal and whether a value meets it, where there is one."""
     if goal is None:
         return ""
     return f"{goal} {'met' if (value <= goal if most else value >= goal) else 'missed'}"
@@ -179,7 +180,7 @@ def _ratios(found: Works) -> str:
         told = f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
         ends = "–".join(f"{value:.2f}" for value in (low, high))
         times = [_seconds(work["ours"]), _seconds(work["theirs"])]
-        rows.append([name, told, ends, str(len(work["ratios"])), _goal(ratio, work["goal"]), *times])
+        rows.append([name, told, ends, str(len(work["ratios"])), judged(ratio, work["goal"]), *times])
     header = ["work", "peer / minialign", "quartiles", "pairs", "goal", "minialign", "peer"]
     return "### Time beside a peer\n\n" + _table(header, rows) if rows else ""
 
@@ -189,7 +190,7 @@ def _memory(found: Works) -> str:
     for name, work in found.items():
         if "counts" in work:
             mine, peer = (work["counts"][side]["peak"] for side in ("minialign", "peer"))
-            goal = _goal(mine / peer, work["memory_goal"], most=True)
+            goal = judged(mine / peer, work["memory_goal"], most=True)
             rows.append([name, f"{mine / peer:.2f}", goal, f"{mine / 2**20:.0f} MiB", f"{peer / 2**20:.0f} MiB"])
     header = ["work", "minialign / peer", "goal", "minialign", "peer"]
     return "### Peak memory\n\n" + _table(header, rows) if rows else ""
