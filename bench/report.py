@@ -1,7 +1,7 @@
 """What saved benchmarks say.
 
     python bench/report.py NEW.json             writes the measured part of docs/benchmarks.md
-    python bench/report.py OLD.json NEW.json    prints what changed, and what of it is beyond noise
+    python bench/report.py OLD.json NEW.json    prints what changed, and what of it is beyond the noise within a run
 
 The files are made by `pytest bench/ --benchmark-json=NEW.json`. Each machine, device and dtype has a section of its
 own, which takes the place of its older one; --more adds what other runs on the same machine measured. What is written
@@ -79,7 +79,7 @@ def machine(info: dict[str, Any]) -> str:
 
 # --------------------------------------------------------------------------------------------------------- what changed
 def changes(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Counts that differ, ratios with their intervals, and which of those are beyond noise."""
+    """Counts that differ, ratios with their intervals, and which of those are beyond the noise within a run."""
     before, after = works(old["benchmarks"]), works(new["benchmarks"])
     lines = []
     for what in ("versions", "threads"):
@@ -89,7 +89,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> str:
         lines.append(f"not one machine: {machine(old['machine_info'])} -> {machine(new['machine_info'])}")
     both = [work for work in before if work in after]
     lines += ["", "counts of minialign, which no machine changes:", *_changed_counts(both, before, after)]
-    lines += ["", "ratios peer / minialign, medians with 95 % intervals; beyond noise where these do not overlap:"]
+    lines += ["", "ratios peer / minialign, medians with 95 % intervals of the rounds of one run; beyond the noise within a run where these are apart:"]
     lines += [_changed_ratio(work, before[work]["ratios"], after[work]["ratios"]) for work in both]
     lines += [f"  only in the {name}: {work}" for name, a, b in (("old", before, after), ("new", after, before))
               for work in a if work not in b]  # fmt: skip
@@ -114,8 +114,8 @@ def _changed_ratio(work: str, old: Sequence[float], new: Sequence[float]) -> str
     told = [
         f"{statistics.median(v):.2f} [{a:.2f}, {b:.2f}]" for v, a, b in ((old, low, high), (new, new_low, new_high))
     ]
-    verdict = "faster, beyond noise" if new_low > high else "SLOWER, beyond noise" if new_high < low else "within noise"
-    return f"  {work}: {' -> '.join(told)}: {verdict}"
+    how = "faster" if new_low > high else "SLOWER" if new_high < low else ""
+    return f"  {work}: {' -> '.join(told)}: {f'{how}, beyond the noise within a run' if how else 'within the noise'}"
 
 
 # ------------------------------------------------------------------------------------------------------------ the page

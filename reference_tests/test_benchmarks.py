@@ -102,12 +102,12 @@ def test_report_says_what_changed(tmp_path, capsys):
     report.main([str(tmp_path / "old.json"), str(tmp_path / "new.json")])
     there = capsys.readouterr().out
     assert "  scaled: FLOPs 600 -> 700 (+16.67%)\n  14 counts are equal\n" in there
-    assert "  same: 2.02 [2.00, 2.04] -> 2.02 [2.00, 2.04]: within noise\n" in there
-    assert "  scaled: 2.02 [2.00, 2.04] -> 2.42 [2.40, 2.45]: faster, beyond noise\n" in there
-    assert "  noisy: 2.02 [2.00, 2.04] -> 2.10 [1.50, 2.70]: within noise\n" in there
+    assert "  same: 2.02 [2.00, 2.04] -> 2.02 [2.00, 2.04]: within the noise\n" in there
+    assert "  scaled: 2.02 [2.00, 2.04] -> 2.42 [2.40, 2.45]: faster, beyond the noise within a run\n" in there
+    assert "  noisy: 2.02 [2.00, 2.04] -> 2.10 [1.50, 2.70]: within the noise\n" in there
     assert "only in the old: only old\n" in there and "only in the new: only new\n" in there
     report.main([str(tmp_path / "new.json"), str(tmp_path / "old.json")])
-    assert "-> 2.02 [2.00, 2.04]: SLOWER, beyond noise\n" in capsys.readouterr().out
+    assert "-> 2.02 [2.00, 2.04]: SLOWER, beyond the noise within a run\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [None, "no JSON", "[]", '{"benchmarks": []}'])
