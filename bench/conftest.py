@@ -44,9 +44,10 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         except PackageNotFoundError:
             continue
     machine_info["threads"] = torch.get_num_threads()
-    machine_info["device"], machine_info["dtype"] = config.getoption("--device"), config.getoption("--dtype")
-    if machine_info["device"].startswith("cuda"):
-        machine_info["gpu"] = torch.cuda.get_device_name(machine_info["device"])
+    device = torch.device(config.getoption("--device"))
+    machine_info["device"], machine_info["dtype"] = device.type, config.getoption("--dtype")
+    if device.type == "cuda":
+        machine_info["gpu"] = torch.cuda.get_device_name(device)
 
 
 @pytest.fixture(scope="session")

@@ -88,7 +88,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> str:
     if machine(old["machine_info"]) != machine(new["machine_info"]):
         lines.append(f"not one machine: {machine(old['machine_info'])} -> {machine(new['machine_info'])}")
     both = [work for work in before if work in after]
-    lines += ["", "counts of minialign, which no machine changes:", *_changed_counts(both, before, after)]
+    lines += ["", "counts:", *_changed_counts(both, before, after, *(run["machine_info"] for run in (old, new)))]
     lines += ["", "ratios peer / minialign, medians with 95 % intervals of the rounds of one run; beyond the noise within a run where these are apart:"]
     lines += [_changed_ratio(work, before[work]["ratios"], after[work]["ratios"]) for work in both]
     lines += [f"  only in the {name}: {work}" for name, a, b in (("old", before, after), ("new", after, before))
@@ -96,16 +96,26 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> str:
     return "\n".join(lines).lstrip("\n")
 
 
-def _changed_counts(both: Sequence[str], before: Works, after: Works) -> list[str]:
+def _changed_counts(
+    both: Sequence[str], before: Works, after: Works, old: dict[str, Any], new: dict[str, Any]
+) -> list[str]:
+    """Those of minialign and of the peer, where the same operations are to be expected of the same code."""
     lines, equal = [], 0
-    for work in both:
-        if "counts" in before[work] and "counts" in after[work]:
-            a, b = (side[work]["counts"]["minialign"] for side in (before, after))
-            changed = [key for key in COUNTS if a[key] != b[key]]
-            equal += len(COUNTS) - len(changed)
-            for key in changed:
-                more = f" ({b[key] / a[key] - 1:+.2%})" if a[key] else ""
-                lines.append(f"  {work}: {COUNTS[key]} {a[key]:,} -> {b[key]:,}{more}")
+    for side, packages in (("minialign", ("torch",)), ("peer", ("torch", "diffusers", "transformers"))):
+        reasons = [f"{key} {a} -> {b}" for key in ("device", "dtype") if (a := old[key]) != (b := new[key])]
+        versions = ((name, old["versions"].get(name), new["versions"].get(name)) for name in packages)
+        reasons += [f"{name} {a} -> {b}" for name, a, b in versions if a != b]
+        if reasons:
+            lines.append(f"  those of {side} are not compared: {', '.join(reasons)}")
+            continue
+        for work in both:
+            if "counts" in before[work] and "counts" in after[work]:
+                a, b = (run[work]["counts"][side] for run in (before, after))
+                changed = [key for key in COUNTS if a[key] != b[key]]
+                equal += len(COUNTS) - len(changed)
+                for key in changed:
+                    more = f" ({b[key] / a[key] - 1:+.2%})" if a[key] else ""
+                    lines.append(f"  {work}, {side}: {COUNTS[key]} {a[key]:,} -> {b[key]:,}{more}")
     return [*lines, f"  {equal} counts are equal"]
 
 

@@ -39,9 +39,9 @@ def pair(seconds, work="this"):
     return [entry(f"{work}[minialign]", extra_info=info | counted), entry(f"{work}[peer]", extra_info=dict(info))]
 
 
-def write_saved(path, entries):
+def write_saved(path, entries, **more):
     info = {"python_version": "3", "versions": {"torch": "2"}, "threads": 2, "device": "cpu", "dtype": "float32"}
-    info["cpu"] = {"count": 2, "brand_raw": "a CPU"}
+    info |= {"cpu": {"count": 2, "brand_raw": "a CPU"}} | more
     path.write_text(json.dumps({"machine_info": info, "datetime": "2026-01-02T03", "benchmarks": entries}))
 
 
@@ -98,16 +98,38 @@ def test_report_says_what_changed(tmp_path, capsys):
     for name, scale, third, flops in (("old", steady, steady, 600), ("new", faster, noisy, 700)):
         entries = [*pair(steady, "same"), *pair(scale, "scaled"), *pair(third, "noisy"), *pair(steady, f"only {name}")]
         entries[2]["extra_info"]["counts"]["minialign"]["flops"] = flops
+        entries[2]["extra_info"]["counts"]["peer"]["copies"] = 3 * (name == "new")
         write_saved(tmp_path / f"{name}.json", entries)
     report.main([str(tmp_path / "old.json"), str(tmp_path / "new.json")])
     there = capsys.readouterr().out
-    assert "  scaled: FLOPs 600 -> 700 (+16.67%)\n  14 counts are equal\n" in there
+    assert "  scaled, minialign: FLOPs 600 -> 700 (+16.67%)\n  scaled, peer: copies 0 -> 3\n  28 counts are equal\n" in there
     assert "  same: 2.02 [2.00, 2.04] -> 2.02 [2.00, 2.04]: within the noise\n" in there
     assert "  scaled: 2.02 [2.00, 2.04] -> 2.42 [2.40, 2.45]: faster, beyond the noise within a run\n" in there
     assert "  noisy: 2.02 [2.00, 2.04] -> 2.10 [1.50, 2.70]: within the noise\n" in there
     assert "only in the old: only old\n" in there and "only in the new: only new\n" in there
     report.main([str(tmp_path / "new.json"), str(tmp_path / "old.json")])
     assert "-> 2.02 [2.00, 2.04]: SLOWER, beyond the noise within a run\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "minialign", "peer"),
+    [
+        ({"dtype": "bfloat16"}, "dtype float32 -> bfloat16", "dtype float32 -> bfloat16"),
+        ({"device": "cuda"}, "device cpu -> cuda", "device cpu -> cuda"),
+        ({"versions": {"torch": "3"}}, "torch 2 -> 3", "torch 2 -> 3"),
+        ({"versions": {"torch": "2", "diffusers": "1"}}, None, "diffusers None -> 1"),
+    ],
+)
+def test_counts_of_another_arithmetic_are_not_compared(tmp_path, capsys, more, minialign, peer):
+    entries = pair([(1.0, 2.0)] * 5)
+    write_saved(tmp_path / "old.json", entries)
+    entries[0]["extra_info"]["counts"]["minialign"]["flops"] = 700
+    write_saved(tmp_path / "new.json", entries, **more)
+    report.main([str(tmp_path / "old.json"), str(tmp_path / "new.json")])
+    said = capsys.readouterr().out
+    for side, reason in (("minialign", minialign), ("peer", peer)):
+        assert (f"  those of {side} are not compared: {reason}\n" in said) == (reason is not None)
+    assert ("FLOPs" in said) == (minialign is None)
 
 
 @pytest.mark.parametrize("content", [None, "no JSON", "[]", '{"benchmarks": []}'])
