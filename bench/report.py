@@ -32,6 +32,7 @@ COUNTS = {
     "peak": "peak bytes",
     "copies": "copies",
 }
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16")
 Works = dict[str, dict[str, Any]]
 
 
@@ -43,6 +44,8 @@ def load(path: Path) -> dict[str, Any]:
         assert isinstance(saved["benchmarks"], list) and saved["machine_info"]["versions"]
     except (OSError, ValueError, KeyError, TypeError, AssertionError):
         sys.exit(f"{path}: is not a file of `pytest bench/ --benchmark-json=FILE`")
+    if saved["machine_info"]["device"] == "meta":
+        sys.exit(f"{path}: was made with --device meta, which computes nothing")
     return saved
 
 
@@ -73,8 +76,17 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def machine(info: dict[str, Any]) -> str:
-    cpu = f"{info['cpu'].get('count')} cores of {info['cpu'].get('brand_raw', info.get('machine'))}"
-    return f"{info.get('gpu', cpu)}, {info['dtype']}"
+    """All that makes times comparable: processor with its instruction sets, threads, device and dtype.
+
+    A brand such as "AMD EPYC" is not enough: it names processors of several generations.
+    """
+    cpu = info["cpu"]
+    known = [f"{key} {cpu[key]}" for key in ("family", "model", "stepping") if key in cpu]
+    known += [flag for flag in INSTRUCTIONS if flag in cpu.get("flags", [])]
+    name = f"{cpu.get('count')} cores of {cpu.get('brand_raw', info.get('machine'))}"
+    name += f" ({', '.join(known)})" if known else ""
+    name = f"{info['gpu']} beside {name}" if "gpu" in info else name
+    return f"{name}, torch threads: {info['threads']}, {info['device']}, {info['dtype']}"
 
 
 # --------------------------------------------------------------------------------------------------------- what changed
@@ -82,9 +94,8 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> str:
     """Counts that differ, ratios with their intervals, and which of those are beyond the noise within a run."""
     before, after = works(old["benchmarks"]), works(new["benchmarks"])
     lines = []
-    for what in ("versions", "threads"):
-        if old["machine_info"][what] != new["machine_info"][what]:
-            lines.append(f"{what}: {old['machine_info'][what]} -> {new['machine_info'][what]}")
+    if (a := old["machine_info"]["versions"]) != (b := new["machine_info"]["versions"]):
+        lines.append(f"versions: {a} -> {b}")
     if machine(old["machine_info"]) != machine(new["machine_info"]):
         lines.append(f"not one machine: {machine(old['machine_info'])} -> {machine(new['machine_info'])}")
     both = [work for work in before if work in after]
@@ -160,11 +171,8 @@ def write(text: str) -> None:
 
 
 def _details(info: dict[str, Any], date: str) -> str:
-    known = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in info["cpu"].get("flags", [])]
     versions = ", ".join(f"{name} {number}" for name, number in info["versions"].items())
-    python = f"Python {info['python_version']}"
-    known.append(f"torch threads: {info['threads']}")
-    return f"{date}: {', '.join(known)}; {python}, {versions}."
+    return f"{date}: Python {info['python_version']}, {versions}."
 
 
 def _seconds(value: float) -> str:

@@ -78,7 +78,7 @@ def test_report_makes_the_page(tmp_path, monkeypatch):
     assert (
         text.startswith("by hand\n") and text.endswith("\nmore\n") and "## Measured on a GPU, bfloat16\n\nkept" in text
     )
-    assert text.count("## Measured on 2 cores of a CPU, float32") == text.count(report.PICTURE) == 1
+    assert text.count("## Measured on 2 cores of a CPU, torch threads: 2, cpu, float32") == text.count(report.PICTURE) == 1
     for row in (
         "| this | 2.50 | 2.50–2.50 | 10 | 2 met | 10 ms | 25 ms |",
         "| this | 0.50 | 0.4 missed | 1 MiB | 2 MiB |",
@@ -139,6 +139,25 @@ def test_report_names_a_file_that_is_none(tmp_path, content):
         path.write_text(content)
     with pytest.raises(SystemExit, match=r"a\.json: is not a file of `pytest bench/ --benchmark-json=FILE`$"):
         report.main([str(path)])
+
+
+def test_what_computes_nothing_is_not_reported(tmp_path):
+    write_saved(tmp_path / "a.json", [], device="meta")
+    with pytest.raises(SystemExit, match=r"a\.json: was made with --device meta, which computes nothing$"):
+        report.main([str(tmp_path / "a.json")])
+
+
+def test_processors_of_one_brand_are_two_machines(tmp_path, capsys):
+    cpu = {"count": 2, "brand_raw": "a CPU", "family": 6, "model": 143, "stepping": 8, "flags": ["avx512f", "sse"]}
+    others = [{"cpu": cpu | {key: 1}} for key in ("count", "family", "model", "stepping")]
+    others += [{"cpu": cpu | {"flags": ["avx512f", "amx_bf16"]}}, {"threads": 1}, {"device": "cuda", "gpu": "a GPU"}]
+    write_saved(tmp_path / "old.json", pair([(1.0, 2.0)] * 5), cpu=cpu)
+    for more in others:
+        write_saved(tmp_path / "new.json", pair([(1.0, 2.0)] * 5), **{"cpu": cpu} | more)
+        report.main([str(tmp_path / "old.json"), str(tmp_path / "new.json")])
+        assert "not one machine: 2 cores of a CPU (family 6, model 143, stepping 8, avx512f), " in capsys.readouterr().out
+        with pytest.raises(SystemExit, match="old.json: measured on another machine than"):
+            report.main([str(tmp_path / "new.json"), "--more", str(tmp_path / "old.json")])
 
 
 def test_the_interval_of_a_median_covers_it():
