@@ -16,7 +16,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def load(path: Path) -> dict[str, Any]:
     """What pytest-benchmark saved; one line where it did not."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(saved["benchmarks"], list) and saved["machine_info"]["versions"]
+        assert isinstance(saved["benchmarks"], list) and saved["machine_info"]["device"]
     except (OSError, ValueError, KeyError, TypeError, AssertionError):
         sys.exit(f"{path}: is not a file of `pytest bench/ --benchmark-json=FILE`")
     if saved["machine_info"]["device"] == "meta":
@@ -91,20 +91,43 @@ def machine(info: dict[str, Any]) -> str:
 
 # --------------------------------------------------------------------------------------------------------- what changed
 def changes(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Counts that differ, ratios with their intervals, and which of those are beyond the noise within a run."""
+    """Counts that differ, ratios and times with their intervals, and which are beyond the noise within a run."""
     before, after = works(old["benchmarks"]), works(new["benchmarks"])
     lines = []
     if (a := old["machine_info"]["versions"]) != (b := new["machine_info"]["versions"]):
         lines.append(f"versions: {a} -> {b}")
-    if machine(old["machine_info"]) != machine(new["machine_info"]):
+    one_machine = machine(old["machine_info"]) == machine(new["machine_info"])
+    if not one_machine:
         lines.append(f"not one machine: {machine(old['machine_info'])} -> {machine(new['machine_info'])}")
     both = [work for work in before if work in after]
     lines += ["", "counts:", *_changed_counts(both, before, after, *(run["machine_info"] for run in (old, new)))]
-    lines += ["", "ratios peer / minialign, medians with 95 % intervals of the rounds of one run; beyond the noise within a run where these are apart:"]
-    lines += [_changed_ratio(work, before[work]["ratios"], after[work]["ratios"]) for work in both]
-    lines += [f"  only in the {name}: {work}" for name, a, b in (("old", before, after), ("new", after, before))
-              for work in a if work not in b]  # fmt: skip
+    lines += ["", "ratios peer / minialign, medians with 95 % intervals; beyond the noise within a run if apart:"]
+    lines += [_changed(work, before[work]["ratios"], after[work]["ratios"], "{:.2f}".format, 1) for work in both]
+    lines += _only_in_one(before, after)
+    lines += ["", "times of what has no peer, absolute and of one machine, medians with 95 % intervals of the rounds:"]
+    lines += _changed_times(*(_without_peer(run) for run in (old, new))) if one_machine else ["  not one machine"]
     return "\n".join(lines).lstrip("\n")
+
+
+def _only_in_one(old: Iterable[str], new: Iterable[str]) -> list[str]:
+    return [f"  only in the {name}: {work}" for name, a, b in (("old", old, new), ("new", new, old))
+            for work in a if work not in b]  # fmt: skip
+
+
+def _without_peer(run: dict[str, Any]) -> dict[str, list[float]]:
+    """The seconds of each round, by entry; none where the run was saved without them (--benchmark-autosave)."""
+    entries = (entry for entry in run["benchmarks"] if not entry["extra_info"].get("pairs"))
+    return {entry["fullname"]: entry["stats"].get("data", []) for entry in entries}
+
+
+def _changed_times(old: dict[str, list[float]], new: dict[str, list[float]]) -> list[str]:
+    lines = []
+    for name in (name for name in old if name in new):
+        if min(len(old[name]), len(new[name])) < 2:
+            lines.append(f"  {name}: not compared, fewer than two rounds are saved")
+        else:
+            lines.append(_changed(name, old[name], new[name], _seconds, -1))
+    return lines + _only_in_one(old, new)
 
 
 def _changed_counts(
@@ -130,13 +153,16 @@ def _changed_counts(
     return [*lines, f"  {equal} counts are equal"]
 
 
-def _changed_ratio(work: str, old: Sequence[float], new: Sequence[float]) -> str:
+def _changed(work: str, old: Sequence[float], new: Sequence[float], tell: Callable[[float], str], sign: int) -> str:
+    """The medians, told by `tell`; sign is 1 where larger is faster, -1 where it is slower."""
     (low, high), (new_low, new_high) = median_interval(old), median_interval(new)
-    told = [
-        f"{statistics.median(v):.2f} [{a:.2f}, {b:.2f}]" for v, a, b in ((old, low, high), (new, new_low, new_high))
-    ]
-    how = "faster" if new_low > high else "SLOWER" if new_high < low else ""
-    return f"  {work}: {' -> '.join(told)}: {f'{how}, beyond the noise within a run' if how else 'within the noise'}"
+    before = f"{tell(statistics.median(old))} [{tell(low)}, {tell(high)}]"
+    after = f"{tell(statistics.median(new))} [{tell(new_low)}, {tell(new_high)}]"
+    change = sign * ((new_low > high) - (new_high < low))
+    verdict = "within the noise"
+    if change:
+        verdict = f"{'faster' if change > 0 else 'SLOWER'}, beyond the noise within a run"
+    return f"  {work}: {before} -> {after}: {verdict}"
 
 
 # ------------------------------------------------------------------------------------------------------------ the page

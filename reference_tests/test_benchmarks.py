@@ -78,7 +78,8 @@ def test_report_makes_the_page(tmp_path, monkeypatch):
     assert (
         text.startswith("by hand\n") and text.endswith("\nmore\n") and "## Measured on a GPU, bfloat16\n\nkept" in text
     )
-    assert text.count("## Measured on 2 cores of a CPU, torch threads: 2, cpu, float32") == text.count(report.PICTURE) == 1
+    assert text.count("## Measured on 2 cores of a CPU, torch threads: 2, cpu, float32\n") == 1
+    assert text.count(report.PICTURE) == 1
     for row in (
         "| this | 2.50 | 2.50–2.50 | 10 | 2 met | 10 ms | 25 ms |",
         "| this | 0.50 | 0.4 missed | 1 MiB | 2 MiB |",
@@ -102,13 +103,41 @@ def test_report_says_what_changed(tmp_path, capsys):
         write_saved(tmp_path / f"{name}.json", entries)
     report.main([str(tmp_path / "old.json"), str(tmp_path / "new.json")])
     there = capsys.readouterr().out
-    assert "  scaled, minialign: FLOPs 600 -> 700 (+16.67%)\n  scaled, peer: copies 0 -> 3\n  28 counts are equal\n" in there
+    expected = "  scaled, minialign: FLOPs 600 -> 700 (+16.67%)\n  scaled, peer: copies 0 -> 3\n  28 counts are equal\n"
+    assert expected in there
     assert "  same: 2.02 [2.00, 2.04] -> 2.02 [2.00, 2.04]: within the noise\n" in there
     assert "  scaled: 2.02 [2.00, 2.04] -> 2.42 [2.40, 2.45]: faster, beyond the noise within a run\n" in there
     assert "  noisy: 2.02 [2.00, 2.04] -> 2.10 [1.50, 2.70]: within the noise\n" in there
     assert "only in the old: only old\n" in there and "only in the new: only new\n" in there
     report.main([str(tmp_path / "new.json"), str(tmp_path / "old.json")])
     assert "-> 2.02 [2.00, 2.04]: SLOWER, beyond the noise within a run\n" in capsys.readouterr().out
+
+
+def test_report_says_which_absolute_times_changed(tmp_path, capsys):
+    """Of entries without a peer, by name and on one machine alone; one round says nothing."""
+
+    def save(name, *scales, only):
+        data = {f"entry {i}": [scale * (1 + 0.01 * k) for k in range(6)] for i, scale in enumerate(scales)}
+        data |= {"a job": [scales[0]], "never saved": None, only: [1.0] * 6}
+        stats = {key: {"rounds": 6} | ({"data": value} if value else {}) for key, value in data.items()}
+        write_saved(tmp_path / f"{name}.json", [entry(key, stats=value) for key, value in stats.items()])
+
+    save("old", 1, 0.1, 2, only="gone")
+    save("new", 1, 0.2, 1.5, only="added")
+    report.main([str(tmp_path / "old.json"), str(tmp_path / "new.json")])
+    told = capsys.readouterr().out.split("times of what has no peer, absolute and of one machine")[1].splitlines()[1:]
+    assert told == [
+        "  entry 0: 1.02 s [1 s, 1.05 s] -> 1.02 s [1 s, 1.05 s]: within the noise",
+        "  entry 1: 102 ms [100 ms, 105 ms] -> 205 ms [200 ms, 210 ms]: SLOWER, beyond the noise within a run",
+        "  entry 2: 2.05 s [2 s, 2.1 s] -> 1.54 s [1.5 s, 1.58 s]: faster, beyond the noise within a run",
+        "  a job: not compared, fewer than two rounds are saved",
+        "  never saved: not compared, fewer than two rounds are saved",
+        "  only in the old: gone",
+        "  only in the new: added",
+    ]
+    write_saved(tmp_path / "new.json", json.loads((tmp_path / "new.json").read_text())["benchmarks"], threads=1)
+    report.main([str(tmp_path / "old.json"), str(tmp_path / "new.json")])
+    assert capsys.readouterr().out.endswith("of the rounds:\n  not one machine\n")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +184,8 @@ def test_processors_of_one_brand_are_two_machines(tmp_path, capsys):
     for more in others:
         write_saved(tmp_path / "new.json", pair([(1.0, 2.0)] * 5), **{"cpu": cpu} | more)
         report.main([str(tmp_path / "old.json"), str(tmp_path / "new.json")])
-        assert "not one machine: 2 cores of a CPU (family 6, model 143, stepping 8, avx512f), " in capsys.readouterr().out
+        told = "not one machine: 2 cores of a CPU (family 6, model 143, stepping 8, avx512f), "
+        assert told in capsys.readouterr().out
         with pytest.raises(SystemExit, match="old.json: measured on another machine than"):
             report.main([str(tmp_path / "new.json"), "--more", str(tmp_path / "old.json")])
 
