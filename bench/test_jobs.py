@@ -131,7 +131,7 @@ def test_reward_training(compare):
 @pytest.mark.slow
 @pytest.mark.usefixtures("host")
 def test_main_job(benchmark, tmp_path):
-    """The whole default run on the bundled model, in a process of its own."""
+    """The whole default run on the bundled model, in a process of its own: one round, which says nothing of noise."""
     command = [sys.executable, "-m", "minialign.finetune", "--out", str(tmp_path / "run")]
     begin = time.perf_counter()
     benchmark.pedantic(subprocess.run, args=(command,), kwargs={"check": True, "capture_output": True}, rounds=1)

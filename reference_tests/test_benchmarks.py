@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import math
@@ -266,6 +267,19 @@ def test_a_device_whose_clock_is_not_known_is_refused(device):
     spec.loader.exec_module(conftest)
     with pytest.raises(pytest.UsageError, match=f"^--device {device}: accepted: cpu, cuda, cuda:N, meta$"):
         conftest.pytest_configure(SimpleNamespace(getoption=lambda name: device))
+
+
+def test_the_main_job_alone_has_a_single_round():
+    """All other entries have at least five, which are needed to tell a change from noise."""
+    rounds = []
+    for path in sorted(BENCH.glob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "pedantic":
+                given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords
+                         if keyword.arg == "rounds"}  # fmt: skip
+                rounds.append((path.name, given.get("rounds", 1)))
+    assert len(rounds) >= 10
+    assert [entry for entry in rounds if entry[1] < 5] == [("test_jobs.py", 1)]
 
 
 @pytest.mark.slow
