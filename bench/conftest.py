@@ -66,6 +66,12 @@ def dtype(request):
 
 
 @pytest.fixture(scope="session")
+def clock(request):
+    """Of the device: pytest-benchmark's own."""
+    return request.config.minialign_clock
+
+
+@pytest.fixture(scope="session")
 def host(device, dtype):
     """For what has nothing to do with the device and the dtype."""
     if device.type != "cpu" or dtype != torch.float32:
@@ -73,7 +79,6 @@ def host(device, dtype):
 
 
 @pytest.fixture(params=["minialign", "peer"])
-def compare(request, benchmark, device, dtype):
+def compare(request, benchmark, device, dtype, clock):
     """`pairs.compare`, which makes two entries of pytest-benchmark, one a side."""
-    clock = request.config.minialign_clock
     return partial(pairs.compare, benchmark, request.param, clock, partial(pairs.limits, device, dtype, clock))

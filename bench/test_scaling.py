@@ -11,26 +11,22 @@ from functools import partial
 import pytest
 import torch
 from configs import UNET
-from pairs import unet
+from pairs import arithmetic, timed, unet
 
 from minialign.feedback import FeedbackStore
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("host")]
+pytestmark = pytest.mark.slow
 
 
-def seconds(call, rounds=5):
-    call()
-    times = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+def seconds(call, clock=time.perf_counter):
+    """The median of five calls after a first one."""
+    return statistics.median([timed(call, clock) for _ in range(6)][1:])
 
 
-def step(network, *given):
-    out = network(*given)
-    getattr(out, "sample", out).square().mean().backward()
+def step(dtype, network, latents, *given):
+    with arithmetic(latents.device, dtype):
+        out = network(latents, *given)
+    getattr(out, "sample", out).float().square().mean().backward()
 
 
 def keep(benchmark, title, unit, points):
@@ -40,22 +36,24 @@ def keep(benchmark, title, unit, points):
 
 
 @pytest.mark.parametrize("what", ["batch", "latent size"])
-def test_unet_step(benchmark, what):
+def test_unet_step(benchmark, device, dtype, clock, what):
     diffusers = pytest.importorskip("diffusers")
-    ours, theirs = unet(), diffusers.UNet2DConditionModel(**UNET)
+    ours, theirs = unet().to(device), diffusers.UNet2DConditionModel(**UNET).to(device)
     points = {}
     for x in (1, 2, 4, 8) if what == "batch" else (16, 32, 48, 64):
         batch, size = (x, 32) if what == "batch" else (1, x)
-        latents, t, context = torch.randn(batch, 4, size, size), torch.full((batch,), 500), torch.randn(batch, 77, 768)
+        tensors = torch.randn(batch, 4, size, size), torch.full((batch,), 500), torch.randn(batch, 77, 768)
+        given = [tensor.to(device) for tensor in tensors]
         points[x if what == "batch" else x * x] = {
-            "minialign": seconds(partial(step, ours, latents, t, context)),
-            "diffusers": seconds(partial(step, theirs, latents, t, context)),
+            "minialign": seconds(partial(step, dtype, ours, *given), clock),
+            "diffusers": seconds(partial(step, dtype, theirs, *given), clock),
         }
     unit = "images in the batch" if what == "batch" else "pixels of the latents, one image"
     keep(benchmark, f"UNet forward + backward by {what}", unit, points)
-    benchmark.pedantic(step, (ours, latents, t, context), rounds=5)
+    benchmark.pedantic(step, (dtype, ours, *given), rounds=5)
 
 
+@pytest.mark.usefixtures("host")
 def test_store(benchmark, tmp_path):
     points = {}
     for number in (1_000, 10_000, 100_000):
@@ -119,6 +117,7 @@ def run_workers(world):
     return float(printed[0])
 
 
+@pytest.mark.usefixtures("host")
 def test_processes(benchmark):
     """A whole step of a global batch of 4, one thread a process, gradients averaged by gloo; one and two in turn."""
     found = {1: [], 2: []}

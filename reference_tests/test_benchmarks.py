@@ -287,6 +287,7 @@ def test_the_benchmarks_run_on_any_device():
     """On the meta device, which has no content but refuses tensors of two devices; what needs content is skipped."""
     pytest.importorskip("diffusers")
     command = [sys.executable, "-m", "pytest", "bench/", "--device", "meta", "--benchmark-disable", "-q"]
+    command += ["-m", "slow or not slow"]
     done = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=BENCH.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert int(re.match(r"(\d+) passed", done.stdout.splitlines()[-1])[1]) >= 16, done.stdout
