@@ -16,6 +16,7 @@ from pairs import arithmetic, text_encoder, unet, vae
 from PIL import Image
 
 from minialign import CLIP, Pipeline, RewardModel
+from minialign.diffusion import ddim_sample
 from minialign.models.clip import TEXT_SETTINGS, VISION_SETTINGS
 from minialign.models.reward import embed_images, embed_texts
 from minialign.pipeline import to_pixels
@@ -38,24 +39,48 @@ def pipes(tmp_path_factory, device):
     return Pipeline.from_pretrained(folder, device=device), theirs
 
 
-@pytest.mark.parametrize(("steps", "images"), [(5, 1), pytest.param(20, 4, marks=pytest.mark.slow)])
-def test_sampling(compare, pipes, device, dtype, steps, images):
-    """Networks in `dtype`, from prompts to images."""
+@pytest.fixture
+def sampling(pipes, device, dtype):
+    """Both pipelines with their networks in `dtype`."""
     if device.type == "meta":
-        pytest.skip("an image has content")
-    ours, theirs = pipes
-    for part in ("unet", "vae", "text_encoder"):
-        getattr(ours, part).to(dtype), getattr(theirs, part).to(dtype)
-    latents = ours.noise(range(images))
+        pytest.skip("diffusers' scheduler reads timesteps, and an image has content")
+    for pipe in pipes:
+        for part in ("unet", "vae", "text_encoder"):
+            getattr(pipe, part).to(dtype)
+    return pipes
 
+
+def test_sampling(compare, sampling, device, dtype):
+    """The loop of DDIM from noise to latents, without text encoder and autoencoder."""
+    ours, theirs = sampling
+    latents, context = ours.noise(range(1)), torch.randn(1, 77, 768).to(device, dtype)
+    unconditional = torch.randn(1, 77, 768).to(device, dtype)
+
+    @torch.no_grad()
     def mine():
-        return to_pixels(ours.generate(PROMPTS[:images], steps=steps, latents=latents)).to(dtype)
+        how = {"steps": 5, "guidance": 7.5}
+        return ddim_sample(ours.unet, ours.schedule, latents, (context,), (unconditional,), **how)
 
     def peer():
-        how = {"latents": latents, "num_inference_steps": steps, "guidance_scale": 7.5}
-        return to_pixels(theirs(PROMPTS[:images], **how).images).to(dtype)
+        how = {"latents": latents, "num_inference_steps": 5, "guidance_scale": 7.5, "output_type": "latent"}
+        return theirs(prompt_embeds=context, negative_prompt_embeds=unconditional, **how).images
 
-    compare(f"{steps}-step guided sampling, whole pipeline, batch {images}, 256 px", mine, peer, goal=1.15)
+    compare("5-step guided sampling, latents alone, batch 1, 256 px", mine, peer)
+
+
+@pytest.mark.slow
+def test_sampling_images(compare, sampling, dtype):
+    """From prompts to images."""
+    ours, theirs = sampling
+    latents = ours.noise(range(4))
+
+    def mine():
+        return to_pixels(ours.generate(PROMPTS, steps=20, latents=latents)).to(dtype)
+
+    def peer():
+        return to_pixels(theirs(PROMPTS, latents=latents, num_inference_steps=20, guidance_scale=7.5).images).to(dtype)
+
+    compare("20-step guided sampling, whole pipeline, batch 4, 256 px", mine, peer, goal=1.15)
 
 
 @pytest.mark.parametrize("batch", [2, pytest.param(4, marks=pytest.mark.slow)])
