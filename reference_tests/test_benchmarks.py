@@ -118,9 +118,9 @@ def test_report_says_which_absolute_times_changed(tmp_path, capsys):
     """Of entries without a peer, by name and on one machine alone; one round says nothing."""
 
     def save(name, *scales, only):
-        data = {f"entry {i}": [scale * (1 + 0.01 * k) for k in range(6)] for i, scale in enumerate(scales)}
-        data |= {"a job": [scales[0]], "never saved": None, only: [1.0] * 6}
-        stats = {key: {"rounds": 6} | ({"data": value} if value else {}) for key, value in data.items()}
+        data = {f"entry {i}": [scale * (1 + 0.01 * k) for k in range(5)] for i, scale in enumerate(scales)}
+        data |= {"a job": [scales[0]], "never saved": None, only: [1.0] * 5}
+        stats = {key: {"rounds": 5} | ({"data": value} if value else {}) for key, value in data.items()}
         write_saved(tmp_path / f"{name}.json", [entry(key, stats=value) for key, value in stats.items()])
 
     save("old", 1, 0.1, 2, only="gone")
@@ -128,9 +128,9 @@ def test_report_says_which_absolute_times_changed(tmp_path, capsys):
     report.main([str(tmp_path / "old.json"), str(tmp_path / "new.json")])
     told = capsys.readouterr().out.split("times of what has no peer, absolute and of one machine")[1].splitlines()[1:]
     assert told == [
-        "  entry 0: 1.02 s [1 s, 1.05 s] -> 1.02 s [1 s, 1.05 s]: within the noise",
-        "  entry 1: 102 ms [100 ms, 105 ms] -> 205 ms [200 ms, 210 ms]: SLOWER, beyond the noise within a run",
-        "  entry 2: 2.05 s [2 s, 2.1 s] -> 1.54 s [1.5 s, 1.58 s]: faster, beyond the noise within a run",
+        "  entry 0: 1.02 s [1 s, 1.04 s] -> 1.02 s [1 s, 1.04 s]: within the noise",
+        "  entry 1: 102 ms [100 ms, 104 ms] -> 204 ms [200 ms, 208 ms]: SLOWER, beyond the noise within a run",
+        "  entry 2: 2.04 s [2 s, 2.08 s] -> 1.53 s [1.5 s, 1.56 s]: faster, beyond the noise within a run",
         "  a job: not compared, fewer than two rounds are saved",
         "  never saved: not compared, fewer than two rounds are saved",
         "  only in the old: gone",
@@ -290,7 +290,7 @@ def test_the_benchmarks_run_on_any_device():
     command += ["-m", "slow or not slow"]
     done = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=BENCH.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert int(re.match(r"(\d+) passed", done.stdout.splitlines()[-1])[1]) >= 16, done.stdout
+    assert int(re.match(r"(\d+) passed", done.stdout.splitlines()[-1])[1]) >= 22, done.stdout
 
 
 @pytest.mark.slow
