@@ -171,13 +171,15 @@ def test_report_names_a_file_that_is_none(tmp_path, content):
         report.main([str(path)])
 
 
-def test_what_computes_nothing_is_not_reported(tmp_path):
+def test_what_computes_nothing_is_not_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "DOCS", tmp_path)
     write_saved(tmp_path / "a.json", [], device="meta")
     with pytest.raises(SystemExit, match=r"a\.json: was made with --device meta, which computes nothing$"):
         report.main([str(tmp_path / "a.json")])
 
 
-def test_processors_of_one_brand_are_two_machines(tmp_path, capsys):
+def test_processors_of_one_brand_are_two_machines(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "DOCS", tmp_path)
     cpu = {"count": 2, "brand_raw": "a CPU", "family": 6, "model": 143, "stepping": 8, "flags": ["avx512f", "sse"]}
     others = [{"cpu": cpu | {key: 1}} for key in ("count", "family", "model", "stepping")]
     others += [{"cpu": cpu | {"flags": ["avx512f", "amx_bf16"]}}, {"threads": 1}, {"device": "cuda", "gpu": "a GPU"}]
