@@ -153,11 +153,11 @@ def _changed_counts(
     return [*lines, f"  {equal} counts are equal"]
 
 
-def _changed(work: str, old: Sequence[float], new: Sequence[float], tell: Callable[[float], str], sign: int) -> str:
-    """The medians, told by `tell`; sign is 1 where larger is faster, -1 where it is slower."""
+def _changed(work: str, old: Sequence[float], new: Sequence[float], shown: Callable[[float], str], sign: int) -> str:
+    """The medians, as `shown` writes them; sign is 1 where larger is faster, -1 where it is slower."""
     (low, high), (new_low, new_high) = median_interval(old), median_interval(new)
-    before = f"{tell(statistics.median(old))} [{tell(low)}, {tell(high)}]"
-    after = f"{tell(statistics.median(new))} [{tell(new_low)}, {tell(new_high)}]"
+    before = f"{shown(statistics.median(old))} [{shown(low)}, {shown(high)}]"
+    after = f"{shown(statistics.median(new))} [{shown(new_low)}, {shown(new_high)}]"
     change = sign * ((new_low > high) - (new_high < low))
     verdict = "within the noise"
     if change:
@@ -210,7 +210,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def judged(value: float, goal: float | None, most: bool = False) -> str:
+def against_goal(value: float, goal: float | None, most: bool = False) -> str:
     """A goal and whether a value meets it, where there is one."""
     if goal is None:
         return ""
@@ -221,10 +221,10 @@ def _ratios(found: Works) -> str:
     rows = []
     for name, work in found.items():
         low, ratio, high = statistics.quantiles(work["ratios"], n=4)
-        told = f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+        shown = f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
         ends = "–".join(f"{value:.2f}" for value in (low, high))
         times = [_seconds(work["ours"]), _seconds(work["theirs"])]
-        rows.append([name, told, ends, str(len(work["ratios"])), judged(ratio, work["goal"]), *times])
+        rows.append([name, shown, ends, str(len(work["ratios"])), against_goal(ratio, work["goal"]), *times])
     header = ["work", "peer / minialign", "quartiles", "pairs", "goal", "minialign", "peer"]
     return "### Time beside a peer\n\n" + _table(header, rows) if rows else ""
 
@@ -234,7 +234,7 @@ def _memory(found: Works) -> str:
     for name, work in found.items():
         if "counts" in work:
             mine, peer = (work["counts"][side]["peak"] for side in ("minialign", "peer"))
-            goal = judged(mine / peer, work["memory_goal"], most=True)
+            goal = against_goal(mine / peer, work["memory_goal"], most=True)
             rows.append([name, f"{mine / peer:.2f}", goal, f"{mine / 2**20:.0f} MiB", f"{peer / 2**20:.0f} MiB"])
     header = ["work", "minialign / peer", "goal", "minialign", "peer"]
     return "### Peak memory\n\n" + _table(header, rows) if rows else ""

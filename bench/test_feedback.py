@@ -64,9 +64,13 @@ def measure(folder, images):
         "a verdict on disk": statistics.median(saved),
         "the next item": statistics.median(following),
     }
-    told = lines | {"soft labels": soft, "a labeller's first item": max(first), "the slowest next item": max(following)}
+    times = lines | {
+        "soft labels": soft,
+        "a labeller's first item": max(first),
+        "the slowest next item": max(following),
+    }
     print(f"\n{images:,} images, {(folder / 'feedback.sqlite').stat().st_size / 2**20:.0f} MiB")
-    for what, seconds in told.items():
+    for what, seconds in times.items():
         print(f"  {what:24}{1000 * seconds:10.2f} ms")
     return lines
 

@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 from configs import SD1_UNET
-from report import judged
+from report import against_goal
 
 from minialign.models.pretrained import WEIGHTS, load_network, save_network
 from minialign.models.unet import UNet
@@ -89,6 +89,6 @@ def test_reading_every_page(benchmark, folder):
     benchmark.extra_info |= {
         "work": WORK,
         "note": f"with the first read of every page {seconds[0]:.2f} s, diffusers {seconds[1]:.2f} s; "
-        f"peak resident memory {peaks[0]:.3f} of the file (goal {judged(peaks[0], 1.15, most=True)}), "
+        f"peak resident memory {peaks[0]:.3f} of the file (goal {against_goal(peaks[0], 1.15, most=True)}), "
         f"diffusers {peaks[1]:.3f}",
     }

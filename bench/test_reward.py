@@ -14,7 +14,7 @@ from functools import partial
 
 import pytest
 import torch
-from report import judged
+from report import against_goal
 
 from minialign import CLIP
 from minialign.data.cache import clip_digest
@@ -85,7 +85,8 @@ def test_learning_from_the_papers_number_of_labels(benchmark, tmp_path, monkeypa
     parts = [f"{seconds:.1f} s for {SETTINGS['reward_steps']} steps" for seconds in both]
     benchmark.extra_info |= {
         "work": f"the reward command on {PAIRS:,} labels, features cached",
-        "note": f"{whole:.1f} s (goal in seconds: {judged(whole, 60, most=True)}): with the auxiliary loss {parts[0]}, "
+        "note": f"{whole:.1f} s (goal in seconds: {against_goal(whole, 60, most=True)}): "
+        f"with the auxiliary loss {parts[0]}, "
         f"without it {parts[1]}, all else {whole - sum(both):.1f} s; {torch.get_num_threads()} threads",
     }
     print(benchmark.extra_info["note"])
