@@ -17,7 +17,7 @@ from minialign.measures import area_under_curve, ranked_right
 from minialign.models.reward import comparison_loss, mse_loss, prompt_classification_loss
 from minialign.reward import REWARDS, load_reward
 from minialign.reward.__main__ import main
-from minialign.reward.labels import FEWEST, LEARN, SUBSETS, read_labelled, split_feedback, split_labels
+from minialign.reward.labels import FEWEST, LEARN, SUBSETS, read_contrastive, read_labelled, split_feedback, split_labels
 from minialign.reward.trainer import Comparisons, Pairs, rewards_of, train_reward
 
 
@@ -511,13 +511,26 @@ def test_contrastive_prompts_of_ones_own_take_the_rules_place(run, tmp_path, cap
     assert code == 2 and "stage reward is out of date: the contrastive prompts changed" in err
 
 
+def test_a_prompt_is_left_out_of_its_own_contrastive_prompts(run, tmp_path, capsys):
+    """TextNorm's prompt sets list the prompt itself first."""
+    store = FeedbackStore(run)
+    prompt = store.images()[0].prompt
+    store.close()
+    (tmp_path / "own.json").write_text(json.dumps({prompt: [prompt.upper(), "a red house"], "b": ["c"]}))
+    assert read_contrastive(tmp_path / "own.json", [prompt]) == {prompt: ["a red house"], "b": ["c"]}
+    assert "warning" in capsys.readouterr().err
+    code, _, err = command(main, capsys, run, *SMALL, "--contrastive", tmp_path / "own.json")
+    assert code == 0 and "prompts that stand in their own list of contrastive prompts are left out of it: 1\n" in err
+    assert err.count("warning") == 1
+
+
 @pytest.mark.parametrize(("content", "message"), [
     ("[]", "a JSON object is needed"),
     ("{", "not JSON"),
     ('{"a red circle": "a star"}', '\'a red circle\': "a star"; accepted: a list of other prompts'),
     ('{"a red circle": []}', "'a red circle': []; accepted: a list of other prompts"),
     ('{"a red circle": ["a star", 1]}', "accepted: a list of other prompts"),
-    ('{"a red circle": ["a star", "A  red circle"]}', "stands among its own contrastive prompts"),
+    ('{"a red circle": ["A  red circle"]}', "'a red circle' is its own only contrastive prompt; accepted"),
     ('{"a prompt of nobody": ["x"]}', "none of its 1 prompts is one of the run's"),
 ])  # fmt: skip
 def test_contrastive_prompts_that_cannot_be_are_one_line(run, tmp_path, capsys, content, message):

@@ -88,6 +88,11 @@ def test_a_list_has_one_verdict_a_person_and_an_object_of_objects_is_named_by_im
     assert taken(images, rows)[0] == expected
     as_table = [("caption", "image", "human_labels"), ("six vases", "0.png", '"[0, 1, 1]"')]
     assert taken(images, as_table, kind="csv")[0] == expected[:3]
+    rows["1.png"]["human_labels"] = [-1, 1, 1]
+    with pytest.raises(InputError, match="label -1; accepted: .*; --skip -1$"):
+        taken(images, rows)
+    found = taken(images, rows, Reading(skip=("-1",)))[0]
+    assert [verdict for *_, verdict, _ in found[3:]] == ["skip", "good", "good"]
     as_python = [("prompt", "generations", "ranking"), ("six vases", "\"['0.png', '1.png']\"", '"[1, 2]"')]
     with pytest.raises(InputError, match=r"line 2: generations .*not JSON .*accepted: .1, 0. or .*in double quotes$"):
         taken(images, as_python, kind="csv")

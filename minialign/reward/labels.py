@@ -112,22 +112,27 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-def read_contrastive(path: Path, prompts: Iterable[str]) -> dict[str, list[str]]:
+def read_contrastive(path: Path, prompts: Iterable[str], quiet: bool = False) -> dict[str, list[str]]:
     """Contrastive prompts that the user chose: a JSON object, prompt -> list of prompts.
 
-    InputError where an entry cannot be used, or where none of the run's `prompts` is in the file.
+    A prompt in its own list is left out, as CLIP reads it: in small letters, with single spaces. InputError where an
+    entry cannot be used, or where none of the run's `prompts` is in the file.
     """
-    contrastive = read_json(path)
+    contrastive, own = read_json(path), 0
     for prompt, others in contrastive.items():
         accepted = "accepted: a list of other prompts"
         if not isinstance(others, list) or not others or not all(isinstance(one, str) and one for one in others):
             raise InputError(f"{path}: {prompt!r:.80}: {json.dumps(others):.80}; {accepted}")
-        if " ".join(prompt.lower().split()) in (" ".join(one.lower().split()) for one in others):  # alike for CLIP
-            raise InputError(f"{path}: {prompt!r:.80} stands among its own contrastive prompts; {accepted}")
+        contrastive[prompt] = [one for one in others if one.lower().split() != prompt.lower().split()]
+        if not contrastive[prompt]:
+            raise InputError(f"{path}: {prompt!r:.80} is its own only contrastive prompt; {accepted}")
+        own += len(contrastive[prompt]) < len(others)
     if not contrastive.keys() & set(prompts):
         raise InputError(
             f"{path}: none of its {len(contrastive)} prompts is one of the run's; accepted: prompt -> [prompts]"
         )
+    if own and not quiet:
+        warn(f"{path}: prompts that stand in their own list of contrastive prompts are left out of it: {own:,}")
     return contrastive
 
 
@@ -194,7 +199,7 @@ def read_labelled(folder: Path, clip: CLIP, settings: dict[str, Any]) -> Labelle
     known = {i: tokens[prompts[i]] for i in sorted(labels.keys() | {i for pair in comparisons for i in pair[:2]})}
     check_labels(folder, labels, len(set(known.values())), len(comparisons))
     split, compared = split_feedback(known, labels, comparisons, settings["seed"])
-    own = read_contrastive(Path(settings["contrastive"]), unique) if settings.get("contrastive") else {}
+    own = read_contrastive(Path(settings["contrastive"]), unique, quiet=True) if settings.get("contrastive") else {}
     among = list(dict.fromkeys(prompts[i] for i in split.learn))
     texts, columns = contrastive_table(prompts, among, tokens, settings["seed"], own)
     paths = [image.path for image in stored]
