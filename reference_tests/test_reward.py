@@ -17,7 +17,15 @@ from minialign.measures import area_under_curve, ranked_right
 from minialign.models.reward import comparison_loss, mse_loss, prompt_classification_loss
 from minialign.reward import REWARDS, load_reward
 from minialign.reward.__main__ import main
-from minialign.reward.labels import FEWEST, LEARN, SUBSETS, read_contrastive, read_labelled, split_feedback, split_labels
+from minialign.reward.labels import (
+    FEWEST,
+    LEARN,
+    SUBSETS,
+    read_contrastive,
+    read_labelled,
+    split_feedback,
+    split_labels,
+)
 from minialign.reward.trainer import Comparisons, Pairs, rewards_of, train_reward
 
 
