@@ -11,6 +11,7 @@ from minialign.files import InputError
 from minialign.measures import preferred
 from minialign.pages.cards import curve_table, twice_as_many
 from minialign.reward import curve as module
+from minialign.reward import labels
 from minialign.reward.curve import learning_curve, mean_interval, split_prompts
 from minialign.reward.labels import Labelled, split_feedback
 
@@ -55,19 +56,22 @@ def test_intervals_are_students():
 
 def test_held_out_prompts_are_never_learned_from(monkeypatch):
     data, seen = labelled(160), []
+    texts = torch.cat([data.texts, torch.randn(1, data.texts.shape[1])])  # a contrastive prompt that is no image's
+    data = data._replace(texts=texts, columns=torch.cat([data.columns, torch.full((160, 1), 40)], dim=1))
 
     def train(images, texts, pairs, config, **how):
         seen.append(pairs)
         raise InputError("enough")
 
-    monkeypatch.setattr(module, "train_reward", train)
+    monkeypatch.setattr(labels, "train_reward", train)
     learn, judge = split_prompts(data, 3)
     assert sorted(learn + judge) == list(range(160)) and len({data.prompts[i] for i in judge}) == 8
     assert not {data.prompts[i] for i in learn} & {data.prompts[i] for i in judge}
     with pytest.raises(InputError, match="enough"):
         module.measured(data, learn[:80], judge, SETTINGS)
     prompts = set(seen[0].prompts.flatten().tolist()) - {-1}
-    assert prompts and not prompts & {data.prompts[i][0] for i in judge}  # not as contrastive prompts either
+    assert (seen[0].prompts[:, 3] == 40).all() and (seen[0].prompts[:, 0] >= 0).all()
+    assert len(prompts) > 1 and not prompts & {data.prompts[i][0] for i in judge}  # not as contrastive prompts either
 
 
 def test_more_labels_predict_better_until_they_do_not(monkeypatch):

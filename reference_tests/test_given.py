@@ -13,7 +13,7 @@ from PIL import Image
 from minialign import CLIP
 from minialign.engine.settings import reward_terms
 from minialign.evaluate.__main__ import main as evaluate
-from minialign.feedback import FeedbackStore
+from minialign.feedback import FeedbackStore, import_into_run
 from minialign.files import InputError, read_weights
 from minialign.finetune.__main__ import main as finetune
 from minialign.measures import area_under_curve
@@ -23,6 +23,7 @@ from minialign.reward import REWARDS
 from minialign.reward.__main__ import main
 from minialign.reward.functions import call_function, load_function
 from minialign.reward.given import Term, rank_within, read_terms, scale_of, to_unit, weighted
+from minialign.reward.labels import split_feedback
 
 REDNESS = """
 def redness(images, prompts):
@@ -189,6 +190,29 @@ def test_the_clip_score_is_fitted_to_the_labels_that_are_not_held_out(run, capsy
     assert len(list((run / "cache").glob("features-*.safetensors"))) == 1
     code, _, err = command(main, capsys, run, "--reward", "learned")
     assert code == 2 and "no labels; python -m minialign.label" in err
+
+
+def test_a_given_reward_is_measured_on_held_out_comparisons(run, capsys):
+    store = FeedbackStore(run)
+    good, images = store.labels(), store.images()
+    pairs = [(a, b) for a in images for b in images if a.prompt == b.prompt and good.get(a.id, 0) > good.get(b.id, 1)]
+    store.remove_labels()
+    store.close()
+    rows = [{"prompt": a.prompt, "chosen": str(a.path), "rejected": str(b.path)} for a, b in pairs]
+    (run / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    import_into_run(run, run / "pairs.jsonl")
+    code, out, err = command(main, capsys, run, "--reward", "clip-score")
+    said = json.loads((run / "reward" / "held_out.json").read_text())
+    assert code == 0 and "pairs ranked right" in out and said["comparisons"] == len(pairs), err
+    compared = [(a.id - 1, b.id - 1, 1.0) for a, b in pairs]  # none of them a tie
+    known = {i: images[i].prompt for i in sorted({i for pair in compared for i in pair[:2]})}
+    _, split = split_feedback(known, {}, compared, 0)
+    reward, subsets = read_weights(run / REWARDS)["reward"], split.keys() - {"learn"}
+    assert said["held_out"].keys() == said["measured"]["given"].keys() == subsets and subsets
+    for subset in subsets:
+        right = [(1 + float((reward[a] - reward[b]).sign())) / 2 for a, b, _ in split[subset]]
+        assert said["measured"]["given"][subset] == {"pairs_ranked_right": pytest.approx(sum(right) / len(right))}
+        assert said["held_out"][subset]["comparisons"] == len(right)
 
 
 def test_a_learned_reward_is_one_of_several_and_another_run_s_model_too(run, tmp_path, capsys):

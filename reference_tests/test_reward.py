@@ -325,9 +325,13 @@ def test_the_command_learns_from_the_store(run, capsys, monkeypatch):
     assert code == 0 and "squared error alone" in out and "with the auxiliary loss" not in out
 
 
-def test_labels_that_come_later_are_told(run, capsys):
+def test_labels_that_come_later_are_told(run, capsys, monkeypatch):
+    once, real = [], (CLIP.from_pretrained, FeedbackStore.check_images)
+    monkeypatch.setattr(CLIP, "from_pretrained", lambda *a, **k: once.append("CLIP") or real[0](*a, **k))
+    monkeypatch.setattr(FeedbackStore, "check_images", lambda store: once.append("images") or real[1](store))
     code, out, err = command(main, capsys, run, *SMALL, "--reward-steps", 20, "--curve")
     assert code == 0 and "pairs ranked right" in out and "Twice as many labels" in out, err
+    assert sorted(once) == ["CLIP", "images"]  # neither is loaded or checked again for the curve
     curve = json.loads((run / "reward" / "held_out.json").read_text())["curve"]
     assert len(curve["labels"]) == 2 and curve["labels"][-1] // 2 == curve["labels"][0] < 44 * 0.8
     assert {"accuracy", "auc", "pairs", "gain", "splits", "held_out_prompts"} < curve.keys()

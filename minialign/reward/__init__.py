@@ -24,7 +24,6 @@ from ..pages.figures import plot_calibration
 from .curve import learning_curve
 from .given import LEARNED, MODEL, Rewards, check_terms, load_reward, read_terms, score_images, scorer
 from .labels import (
-    LEARN,
     SUBSETS,
     Compared,
     Labelled,
@@ -35,8 +34,10 @@ from .labels import (
     read_labelled,
     read_labels,
     split_feedback,
+    train,
+    with_feedback,
 )
-from .trainer import rewards_of, train_reward
+from .trainer import rewards_of
 
 __all__ = [
     "LEARNED",
@@ -47,7 +48,6 @@ __all__ = [
     "learn",
     "learn_from_run",
     "load_reward",
-    "measure_curve",
     "outdated_stages",
     "read_measured",
     "read_terms",
@@ -105,23 +105,6 @@ def counted(
     return counts | ({"comparisons": sum(map(len, compared.values()))} if compared else {})
 
 
-def train(
-    data: Labelled,
-    settings: dict[str, Any],
-    weight_of_classification: float,
-    log: Callable[[dict[str, Any]], None] = lambda row: None,
-) -> RewardModel:
-    """`train_reward` on the labels that are not held out, with the settings of a run."""
-    config = {"width": data.images.shape[1], "hidden": settings["hidden"], "clip": settings["clip"]}
-    return train_reward(
-        data.images, data.texts, data.pairs(data.split.learn), config,
-        steps=settings["reward_steps"], batch_size=settings["reward_batch_size"],
-        learning_rate=settings["reward_learning_rate"], weight_of_classification=weight_of_classification,
-        temperature=settings["temperature"], balanced=settings["balanced"], seed=settings["seed"], log=log,
-        comparisons=data.comparisons(LEARN), comparison_temperature=settings["comparison_temperature"],
-    )  # fmt: skip
-
-
 def judge_rewards(data: Labelled, models: dict[str, RewardModel]) -> dict[str, dict[str, Any]]:
     """`measure` of each model, and of the raw CLIP score, on the held-out labels by SUBSETS; `ranked_right` of pairs.
 
@@ -130,8 +113,8 @@ def judge_rewards(data: Labelled, models: dict[str, RewardModel]) -> dict[str, d
     measured: dict[str, dict[str, Any]] = {name: {} for name in (*models, "clip")}
     fitted = data.pairs(data.split.learn)
     cosine = torch.cosine_similarity(data.images[fitted.image], data.texts[fitted.prompts[:, 0]])
-    a, b = platt(cosine, fitted.label) if data.held_out else (1.0, 0.0)
-    for subset, rows in data.held_out.items():
+    a, b = platt(cosine, fitted.label) if data.split.held_out else (1.0, 0.0)
+    for subset, rows in data.split.held_out.items():
         pairs = data.pairs(rows)
         for name, model in models.items():
             rewards = rewards_of(model, data.images, data.texts, pairs.image, pairs.prompts)
@@ -171,8 +154,13 @@ def read_measured(folder: Path) -> dict[str, Any]:
 
 
 def labels_digest(folder: Path, soft: bool, needed: bool = True) -> dict[str, str]:
-    """What stands for the images and the feedback of a run; InputError where feedback is `needed` and there is none."""
+    """What stands for the images and the feedback of a run; InputError where feedback is `needed` and there is none.
+
+    Also where an image is missing or not the one that was labelled.
+    """
     content, _, labels = read_labels(folder, soft)
+    with closing(FeedbackStore(folder, read_only=True)) as store:
+        store.check_images()
     comparisons = read_comparisons(folder)
     if needed and not labels and not comparisons:
         check_labels(folder, labels, 0)
@@ -190,8 +178,13 @@ def outdated_stages(run: Run) -> list[str]:
     return [f"stage {name} is out of date: {why}; {REDO}" for name, why in reasons.items() if why]
 
 
-def learn_from_run(run: Run, settings: dict[str, Any], device: torch.device, redo: bool = False) -> None:
-    """Stage 2 of a run, unless it is done: the rewards of all images, and RUN/reward, which --reward may do without."""
+def learn_from_run(
+    run: Run, settings: dict[str, Any], device: torch.device, redo: bool = False, curve: bool = False
+) -> None:
+    """Stage 2 of a run, unless it is done: the rewards of all images, and RUN/reward, which --reward may do without.
+
+    curve: add `learning_curve` on the labels of the run to reward/held_out.json.
+    """
     rewards = Rewards(run.folder, settings, device)
 
     def inputs() -> dict[str, str]:
@@ -220,6 +213,10 @@ def learn_from_run(run: Run, settings: dict[str, Any], device: torch.device, red
         except InputError:  # such as a function that fails: its author corrects it, and the stage begins anew
             run.forget("reward")
             raise
+    if curve:
+        data = read_labelled(run.folder, rewards.clip(settings["clip"]), settings)
+        measured = read_measured(run.folder / "reward") | {"curve": learning_curve(data, settings)}
+        write_json(run.folder / "reward" / "held_out.json", measured)
 
 
 def score(folder: Path, rewards: Rewards, settings: dict[str, Any]) -> None:
@@ -231,20 +228,15 @@ def score(folder: Path, rewards: Rewards, settings: dict[str, Any]) -> None:
     prompts = [image.prompt for image in stored]
     if rewards.learned:  # the same labels are held out from this fitting as from the model
         data = read_labelled(folder, rewards.clip(settings["clip"]), settings)
-        split, measured = data.split, read_measured(folder / "reward")
+        split, compared, measured = data.split, data.compared, read_measured(folder / "reward")
     else:
-        known = {i: prompts[i] for i in sorted(labels)}
-        split, _ = split_feedback(known, labels, [], settings["seed"])
-        measured = counted(labels, known, split, settings) | {"measured": {}}
-    reward, terms, quality = score_images(rewards, [image.path for image in stored], prompts, labels, split)
+        comparisons = read_comparisons(folder)
+        known = {i: prompts[i] for i in with_feedback(labels, comparisons)}
+        split, compared = split_feedback(known, labels, comparisons, settings["seed"])
+        measured = counted(labels, known, split, settings, compared) | {"measured": {}}
+    reward, terms, quality = score_images(rewards, [image.path for image in stored], prompts, labels, split, compared)
     measured["measured"]["given"] = quality
     write_json(folder / "reward" / "held_out.json", measured | {"terms": terms})
-    if quality:
+    if split.held_out:
         plot_calibration(folder / "reward" / "calibration.png", measured["measured"])
     write_tensors(folder / REWARDS, {"reward": reward})
-
-
-def measure_curve(folder: Path, clip: CLIP, settings: dict[str, Any]) -> None:
-    """Add `learning_curve` on the labels of a run as `curve` to reward/held_out.json."""
-    curve = learning_curve(read_labelled(folder, clip, settings), settings)
-    write_json(folder / "reward" / "held_out.json", read_measured(folder / "reward") | {"curve": curve})

@@ -16,9 +16,8 @@ from ..engine.processes import pick_device
 from ..engine.run import is_run, opened
 from ..engine.settings import add_flags, add_run_flags, given
 from ..files import InputError
-from ..models.clip import CLIP
 from ..pages.cards import curve_table, reward_table
-from . import REWARDS, check_terms, learn_from_run, measure_curve, read_measured, read_terms
+from . import REWARDS, check_terms, learn_from_run, read_measured, read_terms
 from .export import check_place, export_rewards
 
 
@@ -44,9 +43,7 @@ def main() -> None:
         flags = given(args)
         settings = run.resolve(flags, embedded=bool(run.world))
         check_terms(read_terms(settings["reward"], args.run), named="reward" in flags)
-        learn_from_run(run, settings, device, args.redo)
-        if args.curve:
-            measure_curve(run.folder, CLIP.from_pretrained(settings["clip"], device=device), settings)
+        learn_from_run(run, settings, device, args.redo, args.curve)
         exported = args.export and export_rewards(run.folder, args.export, run.folder / REWARDS)
     measured = read_measured(args.run / "reward")
     print(f"\n{reward_table(measured)}\n")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ import torch
 from ..engine.optimising import progress
 from ..files import InputError
 from ..measures import area_under_curve, preferred, student_t
-from .labels import Labelled
-from .trainer import rewards_of, train_reward
+from .labels import Labelled, Split, train
+from .trainer import rewards_of
 
 HELD_OUT = 0.2  # of the prompts, in each split
 SPLITS, SIZES = 5, 4  # random splits; numbers of labels
@@ -40,17 +39,16 @@ def split_prompts(data: Labelled, seed: int) -> tuple[list[int], list[int]]:
 
 
 def measured(data: Labelled, learn: Sequence[int], held_out: Sequence[int], settings: dict[str, Any]) -> dict[str, Any]:
-    """MEASURES of a model that learns from some rows, on others; None where one kind of label is missing."""
-    config = {"width": data.images.shape[1], "hidden": settings["hidden"], "clip": settings["clip"]}
-    train, own = data.pairs(learn), data.columns[list(learn), 0].to(data.images.device)
-    known = torch.isin(train.prompts, own)  # a held-out prompt is no contrastive one either
-    train = replace(train, prompts=train.prompts.masked_fill(~known, -1))
-    model = train_reward(
-        data.images, data.texts, train, config,
-        steps=min(STEPS, settings["reward_steps"]), batch_size=settings["reward_batch_size"],
-        learning_rate=settings["reward_learning_rate"], weight_of_classification=settings["lambda"],
-        temperature=settings["temperature"], balanced=settings["balanced"], seed=settings["seed"], quiet=True,
-    )  # fmt: skip
+    """MEASURES of a model that learns from some rows, on others; None where one kind of label is missing.
+
+    A prompt that has labels, but none to learn from, is no contrastive prompt either.
+    """
+    prompts, others = data.columns[:, 0], list(data.labels.keys() - set(learn))
+    unknown = torch.isin(data.columns, prompts[others]) & ~torch.isin(data.columns, prompts[list(learn)])
+    columns = data.columns.masked_fill(unknown, -1)
+    known = data._replace(columns=columns, split=Split(list(learn), [], []), compared={})
+    shorter = settings | {"reward_steps": min(STEPS, settings["reward_steps"])}
+    model = train(known, shorter, settings["lambda"], quiet=True)
     pairs = data.pairs(held_out)
     reward = rewards_of(model, data.images, data.texts, pairs.image, pairs.prompts[:, :1])[:, 0].cpu()
     label = pairs.label.cpu()

@@ -73,7 +73,7 @@ def write_folders(images: Sequence[StoredImage], reward: Tensor, path: Path) -> 
     kept = [(i, number) for i, number in enumerate(repeats) if number]
     if not kept:
         raise InputError(f"--export {path}: all rewards round to 0 repeats; accepted: a name in {', '.join(FILES)}")
-    with atomic(path, replace_folder=COLUMNS[-1]) as temporary:  # `check_place` has seen that it is empty
+    with atomic(path, replace_folder="") as temporary:  # an empty one alone
         for i, number in kept:
             place = temporary / f"{number}_{NAME}"
             place.mkdir(exist_ok=True)

@@ -23,12 +23,12 @@ from torch import Tensor
 from ..data.cache import clip_digest, features
 from ..engine.run import digest, file_digest
 from ..files import InputError, checksum, read_json
-from ..measures import measure, platt
+from ..measures import measure, platt, ranked_right
 from ..models.clip import CLIP
 from ..models.pretrained import WEIGHTS
 from ..models.reward import RewardModel
 from .functions import call_function, load_function
-from .labels import FEWEST, Split
+from .labels import FEWEST, SUBSETS, Compared, Split
 
 MODEL = f"{WEIGHTS[1]}.safetensors"
 LEARNED, CLIP_SCORE = "learned", "clip-score"  # the model that the run learns from its labels; CLIP's cosine
@@ -231,11 +231,12 @@ def weighted(terms: Sequence[Term], rewards: Sequence[Tensor]) -> Tensor:
 
 
 def score_images(
-    rewards: Rewards, paths: Sequence[Path], prompts: Sequence[str], labels: Mapping[int, float], split: Split
-) -> tuple[Tensor, list[dict[str, Any]], dict[str, Any]]:
-    """Rewards (N,) of a run's images, how each term came to [0,1], and how well they predict the held-out labels.
+    rewards: Rewards, paths: Sequence[Path], prompts: Sequence[str], labels: Mapping[int, float], split: Split,
+    compared: Mapping[str, Sequence[Compared]],
+) -> tuple[Tensor, list[dict[str, Any]], dict[str, Any]]:  # fmt: skip
+    """Rewards (N,) of a run's images, how each term came to [0,1], and how well they predict held-out feedback.
 
-    labels: by row, of which those in `split.learn` may be fitted to; the others are held out.
+    labels: by row, of which those in `split.learn` may be fitted to; the others are held out. compared: by SUBSETS.
     """
     of_terms, said = [], []
     for term in rewards.terms:
@@ -248,6 +249,10 @@ def score_images(
         subset: measure(reward[rows], torch.tensor([labels[i] for i in rows]))
         for subset, rows in split.held_out.items()
     }
+    for subset in [subset for subset in SUBSETS if compared.get(subset)]:
+        first, second, preferred = map(list, zip(*compared[subset]))
+        right = ranked_right(reward[first], reward[second], torch.tensor(preferred))
+        quality.setdefault(subset, {})["pairs_ranked_right"] = right
     return reward, said, quality
 
 

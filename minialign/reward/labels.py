@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +16,9 @@ from ..data.cache import features
 from ..feedback import FeedbackStore, StoredImage
 from ..files import InputError, read_json
 from ..models.clip import CLIP
+from ..models.reward import RewardModel
 from ..prompts import contrastive_prompts
-from .trainer import Comparisons, Pairs
+from .trainer import Comparisons, Pairs, train_reward
 
 HELD_OUT = 0.1  # of the prompts are held out entirely, and as large a fraction of the other prompts' images
 FEWEST = 20  # labels, below which a warning says that they are few
@@ -60,14 +61,12 @@ def split_labels(prompts: Sequence[object], seed: int) -> Split:
 def read_labels(folder: Path, soft: bool = False) -> tuple[list[Any], list[StoredImage], dict[int, float]]:
     """What stands for the images of a run's store, the images, and by their number there the labels in [0,1].
 
-    `soft`: the mean of an image's labels in place of their majority. InputError names a folder without a store, and
-    images that are missing or not the ones that were labelled.
+    `soft`: the mean of an image's labels in place of their majority. InputError names a folder without a store.
     """
     if not (folder / "feedback.sqlite").is_file():
         raise InputError(f"{folder}: no feedback.sqlite; accepted: a run of generate, or label --import FILE")
     store = FeedbackStore(folder, read_only=True)
     try:
-        store.check_images()
         content, images, labels = store.content(), store.images(), store.labels(soft=soft)
     finally:
         store.close()
@@ -184,10 +183,6 @@ class Labelled(NamedTuple):
         i, j = torch.tensor([first, second]).to(device)
         return Comparisons(i, j, prompt.to(device), torch.tensor(preferred, dtype=torch.float32).to(device))
 
-    @property
-    def held_out(self) -> dict[str, list[int]]:
-        return self.split.held_out
-
 
 def read_labelled(folder: Path, clip: CLIP, settings: dict[str, Any]) -> Labelled:
     """The labels of a run, split into those to learn from and held-out ones, and CLIP's embeddings of its images."""
@@ -196,7 +191,7 @@ def read_labelled(folder: Path, clip: CLIP, settings: dict[str, Any]) -> Labelle
     prompts = [image.prompt for image in stored]
     unique = list(dict.fromkeys(prompts))
     tokens = {text: tuple(row) for text, row in zip(unique, clip.tokenizer(unique).tolist())} if unique else {}
-    known = {i: tokens[prompts[i]] for i in sorted(labels.keys() | {i for pair in comparisons for i in pair[:2]})}
+    known = {i: tokens[prompts[i]] for i in with_feedback(labels, comparisons)}
     check_labels(folder, labels, len(set(known.values())), len(comparisons))
     split, compared = split_feedback(known, labels, comparisons, settings["seed"])
     own = read_contrastive(Path(settings["contrastive"]), unique, quiet=True) if settings.get("contrastive") else {}
@@ -206,6 +201,11 @@ def read_labelled(folder: Path, clip: CLIP, settings: dict[str, Any]) -> Labelle
     images, embeds = features(folder / "cache" / "features.safetensors", clip, paths, texts)
     device = clip.logit_scale.device
     return Labelled(images.to(device), embeds.to(device), columns, labels, split, known, compared)
+
+
+def with_feedback(labels: Mapping[int, float], comparisons: Sequence[Compared]) -> list[int]:
+    """The numbers of the images that have a label or are compared, in ascending order."""
+    return sorted(labels.keys() | {i for pair in comparisons for i in pair[:2]})
 
 
 def split_feedback(
@@ -227,3 +227,22 @@ def split_feedback(
         subsets, compared = [set(rows), set(), set()], {LEARN: list(comparisons)}
     split = Split(*(sorted(subset & labels.keys()) for subset in subsets))
     return split, {name: pairs for name, pairs in compared.items() if pairs}
+
+
+def train(
+    data: Labelled,
+    settings: dict[str, Any],
+    weight_of_classification: float,
+    log: Callable[[dict[str, Any]], None] = lambda row: None,
+    quiet: bool = False,
+) -> RewardModel:
+    """`train_reward` on the labels that are not held out, with the settings of a run."""
+    config = {"width": data.images.shape[1], "hidden": settings["hidden"], "clip": settings["clip"]}
+    return train_reward(
+        data.images, data.texts, data.pairs(data.split.learn), config,
+        steps=settings["reward_steps"], batch_size=settings["reward_batch_size"],
+        learning_rate=settings["reward_learning_rate"], weight_of_classification=weight_of_classification,
+        temperature=settings["temperature"], balanced=settings["balanced"], seed=settings["seed"], log=log,
+        quiet=quiet,
+        comparisons=data.comparisons(LEARN), comparison_temperature=settings["comparison_temperature"],
+    )  # fmt: skip
