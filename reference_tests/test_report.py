@@ -216,6 +216,26 @@ def test_missing_parts_are_left_out(tmp_path: Path, without_matplotlib: None) ->
     assert "points" not in page  # of a score
 
 
+def test_a_reward_model_without_the_auxiliary_loss_is_shown_too(tmp_path: Path, without_matplotlib: None) -> None:
+    """Of --lambda 0."""
+    values = results()
+    del values["reward"]["measured"]["auxiliary"]
+    page = page_of(write_run(tmp_path / "run", values))
+    assert (
+        "<td>AUC<small>chance that a good image scores above a bad one; 0.5 is guessing</small></td><td>0.923" in page
+    )
+    assert "<td>AUC, raw CLIP score<" in page and "AUC, squared error alone" not in page and "Calibration on" in page
+
+
+def test_a_run_of_comparisons_alone_is_called_so(tmp_path: Path, without_matplotlib: None) -> None:
+    values = results()
+    values["counts"]["labels"] = 0
+    values["reward"] |= {"labels": 0, "good_fraction": None, "comparisons": 1234, "held_out": {}, "measured": {}}
+    page = page_of(write_run(tmp_path / "run", values))
+    assert "<h1>A text-to-image model, fine-tuned on 1,234 comparisons</h1>" in page
+    assert "A reward model learned from comparisons of images and scored 2,560 images" in page
+
+
 def test_almost_nothing(tmp_path: Path, without_matplotlib: None) -> None:
     (tmp_path / "results.json").write_text("{}")
     page = write_report(tmp_path).read_text(encoding="utf-8")

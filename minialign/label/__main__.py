@@ -34,7 +34,8 @@ from ..feedback import (
     import_into_run,
 )
 from ..files import InputError, read_bytes
-from .book import LabelBook, number, summary
+from ..pages.cards import plural
+from .book import LabelBook, summary
 from .comparison import LARGEST_SET, ComparisonBook, compared
 from .server import Server
 
@@ -122,7 +123,7 @@ def main() -> None:
         raise InputError("--out: goes with a folder or file of images; accepted: RUN --import FILE")
     if args.take is not None:
         counts = zip(import_into_run(args.run, args.take, given_reading(args)), ("new label", "new comparison"))
-        counted = [number(count, what) for count, what in counts if count or what == "new label"]
+        counted = [plural(count, what) for count, what in counts if count or what == "new label"]
         print(f"{args.run}: {', '.join(counted)} from {args.take}")
         return
     there, roots = (args.run / "feedback.sqlite").is_file(), [args.images] if args.images else []
@@ -144,9 +145,9 @@ def main() -> None:
     try:
         if args.export is not None:
             count = (export_labels if args.compare is None else export_comparisons)(store, args.export)
-            print(f"{args.export}: {number(count, 'label' if args.compare is None else 'comparison')}")
+            print(f"{args.export}: {plural(count, 'label' if args.compare is None else 'comparison')}")
             if args.compare is None and (pairs := len(store.preferred())):
-                print(f"{number(pairs, 'comparison')} of two images: --compare {args.run} --export ANOTHER_FILE")
+                print(f"{plural(pairs, 'comparison')} of two images: --compare {args.run} --export ANOTHER_FILE")
         else:
             serve(store, args, roots)
     finally:
@@ -209,7 +210,7 @@ def serve(store: FeedbackStore, args: argparse.Namespace, roots: Sequence[Path])
     except OSError as error:
         where = f"--host {args.host} --port {args.port}"
         raise InputError(f"{where}: cannot be listened on ({error.strerror}); --port 0 takes a free one") from error
-    items = number(len(book.ids), "image" if args.compare is None else "pair")
+    items = plural(len(book.ids), "image" if args.compare is None else "pair")
     print(f"{items} at {server.address('token', token)}\nCtrl+C ends; every verdict is saved when the page marks it.")
     if args.origin:
         print(f"Through the proxy: {args.origin}/?token={token}")

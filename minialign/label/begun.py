@@ -10,7 +10,7 @@ from ..data import Skipped, Unusable, read_pairs
 from ..engine.run import check_folder
 from ..feedback import FeedbackStore, NewLabel, Reading, check_image, merge_into_run, new_judgements
 from ..files import InputError
-from .book import number
+from ..pages.cards import plural
 
 
 class _Strict(Skipped):
@@ -44,7 +44,7 @@ def begin(source: Path, out: Path | None, reading: Reading) -> tuple[Path, list[
         if known and not known & images:
             raise InputError(f"{run}: holds other images than {source}; accepted: --out RUN, another folder")
     merge_into_run(run, rows, pairs)
-    print(f"{run}: a run of the {number(len(images), 'image')} of {source}, which stay where they are")
+    print(f"{run}: a run of the {plural(len(images), 'image')} of {source}, which stay where they are")
     return run, sorted({path.parent for _, path in images})
 
 

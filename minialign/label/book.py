@@ -13,6 +13,7 @@ from PIL import Image
 
 from ..feedback import VERDICTS, FeedbackStore
 from ..feedback.verdicts import Verdicts
+from ..pages.cards import plural
 from .queue import Queue
 
 TOGETHER = 3  # images of one prompt that are shown at once: the paper's
@@ -212,10 +213,6 @@ def summary(folder: Path, agreement: bool = True) -> list[str]:
         agreed = store.agreement() if agreement else None
     finally:
         store.close()
-    lines = [f"{number(labels, 'label')} by {number(len(names), 'labeller')} on {images:,} of {number(total, 'image')}"]
-    lines += [f"{number(pairs, 'comparison')} of two images"] if pairs else []
+    lines = [f"{plural(labels, 'label')} by {plural(len(names), 'labeller')} on {images:,} of {plural(total, 'image')}"]
+    lines += [f"{plural(pairs, 'comparison')} of two images"] if pairs else []
     return lines + ([str(agreed) if agreed else "No image has labels by two labellers yet"] if agreement else [])
-
-
-def number(value: int, what: str) -> str:
-    return f"{value:,} {what}{'' if value == 1 else 's'}"

@@ -17,7 +17,8 @@ import torch
 from ..feedback import PREFERENCES, FeedbackStore, StoredImage
 from ..feedback.verdicts import Verdicts
 from ..measures import two_thirds, wilson_interval
-from .book import LabelBook, Refused, number
+from ..pages.cards import plural
+from .book import LabelBook, Refused
 
 LARGEST_SET = 9  # images of a set, so that each can be seen
 
@@ -108,12 +109,12 @@ def compared(folder: Path, other: Path, size: int = 1) -> list[str]:
     counts = dict.fromkeys(PREFERENCES, 0) | Counter(verdict for _, verdict in rows)
     wins, decided = counts["this"], counts["this"] + counts["other"]
     if not decided:
-        return [f"No comparison is decided yet; {number(counts['tie'], 'tie')}"]
+        return [f"No comparison is decided yet; {plural(counts['tie'], 'tie')}"]
     low, high = wilson_interval(wins, decided)
     return [
-        f"{folder} wins {wins / decided:.0%} of {number(decided, 'decided comparison')} "
+        f"{folder} wins {wins / decided:.0%} of {plural(decided, 'decided comparison')} "
         f"with {other.resolve()} (95 % interval {low:.0%} to {high:.0%})",
-        f"{wins:,} won, {counts['other']:,} lost, {number(counts['tie'], 'tie')}",
+        f"{wins:,} won, {counts['other']:,} lost, {plural(counts['tie'], 'tie')}",
     ]
 
 
@@ -126,8 +127,8 @@ def _sets_compared(folder: Path, other: Path, size: int, rows: Sequence[tuple[in
     counts = Counter(int(two_thirds(torch.tensor(of_one)[:, None])) for of_one in votes.values())
     ends = ", ".join(f"{counts[k] / len(votes):.0%} {name}" for k, name in ((1, "won"), (0, "tied"), (-1, "lost")))
     return [
-        f"{folder} against {other}, sets of {size} images of a prompt: {ends} of {number(len(votes), 'set')}",
-        f"{number(len(rows), 'vote')}; a set is won or lost by two thirds of its votes",
+        f"{folder} against {other}, sets of {size} images of a prompt: {ends} of {plural(len(votes), 'set')}",
+        f"{plural(len(rows), 'vote')}; a set is won or lost by two thirds of its votes",
     ]
 
 

@@ -208,8 +208,8 @@ def reward_table(reward: Mapping[str, Any]) -> str:
     """How well a reward model predicts held-out labels, as text. `reward` is the content of held_out.json."""
     head = "no labels"
     if reward["labels"]:
-        head = f"{_counted(reward['labels'], 'label')}, {number(reward['good_fraction'], True)} good"
-    head += f"; {_counted(reward['comparisons'], 'comparison')}." if "comparisons" in reward else "."
+        head = f"{plural(reward['labels'], 'label')}, {number(reward['good_fraction'], True)} good"
+    head += f"; {plural(reward['comparisons'], 'comparison')}." if "comparisons" in reward else "."
     if "terms" in reward:
         head = f"The reward of the images is {reward_words(reward)}.\n{head}"
     if not reward["labels"] and "comparisons" not in reward:
@@ -217,24 +217,24 @@ def reward_table(reward: Mapping[str, Any]) -> str:
     lines = []
     for split, held_out in reward["held_out"].items():
         good = held_out["good_fraction"]
-        of_prompts = f"of {_counted(held_out['prompts'], 'prompt')}"
-        summary = f"{split}: {_counted(held_out['labels'], 'held-out label')} {of_prompts}"
+        of_prompts = f"of {plural(held_out['prompts'], 'prompt')}"
+        summary = f"{split}: {plural(held_out['labels'], 'held-out label')} {of_prompts}"
         if good is not None:
             commoner = "good" if good > 0.5 else "bad"
             summary += f"; always predicting {commoner} is right for {number(max(good, 1 - good), True)}"
         compared = f"{'pairs ranked right':>20}" if "comparisons" in held_out else ""
-        summary += f"; {_counted(held_out['comparisons'], 'held-out comparison')}" if compared else ""
+        summary += f"; {plural(held_out['comparisons'], 'held-out comparison')}" if compared else ""
         heads = f"{'':25}{'accuracy':>9}{'AUC':>7}{'ECE':>7}{'Brier':>7}{'prompt accuracy':>17}{compared}"
         lines += ["", summary, heads]
         for model, by_split in reward["measured"].items():
             if split in by_split:
-                lines.append(_predicts(model, by_split[split], reward))
+                lines.append(_predicts(model, by_split[split]))
     if not lines:
         return f"{head} Too few prompts, or labels of one kind only, to hold any out: nothing was measured."
     return "\n".join([head, *lines])
 
 
-def _counted(value: int, what: str) -> str:
+def plural(value: int, what: str) -> str:
     return f"{value:,} {what}{'s' * (value != 1)}"
 
 
@@ -243,14 +243,13 @@ def reward_words(reward: Mapping[str, Any]) -> str:
     return " + ".join(f"{one['weight']:g} x {one['what']} ({one['how']})" for one in reward["terms"])
 
 
-def _predicts(model: str, quality: Mapping[str, Any], reward: Mapping[str, Any]) -> str:
+def _predicts(model: str, quality: Mapping[str, Any]) -> str:
     """A line of `reward_table`: one model on one kind of prompts."""
-    alone = model == "auxiliary" and not reward["settings"].get("lambda", 1)
     cells = [f"{number(quality.get('accuracy'), True):>9}"]
     cells += [f"{number(quality.get(key), False):>7}" for key in ("auc", "ece", "brier")]
     cells += [f"{number(quality.get('prompt_accuracy'), True):>17}"]
     cells += [f"{number(quality['pairs_ranked_right'], True):>20}"] if "pairs_ranked_right" in quality else []
-    return f"  {'reward model (lambda 0)' if alone else REWARD_MODELS[model]:23}" + "".join(cells)
+    return f"  {REWARD_MODELS[model]:23}" + "".join(cells)
 
 
 def curve_table(curve: Mapping[str, Any]) -> str:

@@ -34,6 +34,7 @@ from .cards import (
     is_fraction,
     judged_by,
     number,
+    plural,
     reward_words,
     significance,
     twice_as_many,
@@ -184,10 +185,10 @@ def _opening(results: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
     weighting = (results.get("settings") or {}).get("weighting", "reward")
     weight = "its reward" if weighting == "reward" else f"a function of its reward ({escape(str(weighting))})"
     scored, reward = f"{images:,}" if images else "all", results.get("reward") or {}
-    title, source = (
-        f"fine-tuned on {f'{labels:,} ' if labels else ''}labels{who}",
-        "A reward model learned from the labels",
-    )
+    title, source = f"fine-tuned on {f'{labels:,} ' if labels else ''}labels{who}", "the labels"
+    if not labels and "comparisons" in reward:
+        title, source = f"fine-tuned on {plural(reward['comparisons'], 'comparison')}", "comparisons of images"
+    source = f"A reward model learned from {source}"
     if "terms" in reward:
         title, source = "fine-tuned by a given reward", f"A given reward, {escape(reward_words(reward))},"
     blocks = [
@@ -446,7 +447,8 @@ def _reward(reward: Mapping[str, Any]) -> str:
     """How well the reward model predicts labels that it did not learn from, of known prompts and of new ones."""
     measured, held_out = reward.get("measured") or {}, reward.get("held_out") or {}
     splits = list(dict.fromkeys(split for quality in measured.values() for split in quality))
-    own = measured.get("given") or measured.get("auxiliary") or measured.get("comparisons") or {}
+    named = ("given", "auxiliary", "comparisons", "plain")
+    own: Mapping[str, Any] = next((measured[name] for name in named if measured.get(name)), {})
     charts = [_calibration(split, (own.get(split) or {}).get("calibration") or []) for split in splits]
 
     def row(title: str, one: Mapping[str, Any], key: str, percent: bool = False, digits: int = 3) -> tuple[str, ...]:
