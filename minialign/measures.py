@@ -94,16 +94,6 @@ def holm(p: Sequence[float]) -> list[float]:
     return corrected
 
 
-def prediction_interval(values: Sequence[float]) -> list[float]:
-    """Where one more value of the same normal distribution lies 19 times of 20: mean -+ t s sqrt(1 + 1/n).
-
-    s is the standard deviation of the n >= 2 values, t Student's with n - 1 degrees of freedom.
-    """
-    x = torch.tensor(values, dtype=torch.float64)
-    half = student_t(len(x) - 1) * float(x.std()) * math.sqrt(1 + 1 / len(x))
-    return [float(x.mean()) - half, float(x.mean()) + half]
-
-
 class Contrast(NamedTuple):
     """A mean difference, the ends of its 95 % interval, and the p value of there being none."""
 

@@ -458,11 +458,16 @@ def test_a_band_is_of_finished_runs_that_differ_in_their_seed_alone(tmp_path: Pa
         assert code == 2 and message in err and err.count("\n") == 1 and not (tmp_path / "band.json").exists()
 
 
-def test_a_run_like_the_others_lies_inside(tmp_path: Path, without_matplotlib: None, band: list[Path]) -> None:
+def test_beside_changes_are_those_of_other_runs(tmp_path: Path, without_matplotlib: None, band: list[Path]) -> None:
     for run in (*band, seed_of(tmp_path, 4)):  # whose means are of 8 values, within the range of 24
         page = page_of(run)
-        assert "This run lies inside all of them" in page and "this run’s changes are usual" in page
-        assert "Warning" not in page and "default runs of the bundled model (seeds 1, 2, 3)" in page
+        assert "This run lies inside all of them" in page
+        outside = "Outside them: images judged good by the simulated annotator, mean reward, diversity, saturation"
+        assert (outside in page) == (run not in band) == ("All lie between them." not in page)
+        for cell in ("+28.2 to +28.4", "+0.272 to +0.274", "−0.047 to −0.045", "+0.021 to +0.023"):
+            assert f"<td>{cell}<small>" in page
+        assert "default runs</th>" in page
+        assert ("Warning" in page) == (run not in band) and "default runs of the bundled model (seeds 1, 2, 3)" in page
 
 
 def test_where_a_run_leaves_the_band_is_said(tmp_path: Path, without_matplotlib: None, band: list[Path]) -> None:
@@ -477,29 +482,34 @@ def test_where_a_run_leaves_the_band_is_said(tmp_path: Path, without_matplotlib:
     (run / "results.json").write_text(json.dumps(values))
     page = page_of(run)
     assert "The mean of this run leaves them: Fine-tuning: gradient norm (above from step 160 to 320)." in page
-    assert "unusual: diversity −0.212 (in those runs −0.045, −0.046, −0.047)." in page and "Warning" not in page
+    assert "diversity" in page[page.index("Outside them") :].partition(".")[0]
 
 
 @pytest.mark.parametrize("model", [None, "someone/model"])
 def test_pictures_that_change_more_than_those_of_any_seed_are_warned_of(
     tmp_path: Path, without_matplotlib: None, band: list[Path], model: str | None
 ) -> None:
-    """Where it is significant; of another model too, which is compared in nothing else."""
+    """Of another model too, which is compared in nothing else."""
     run = seed_of(tmp_path, 4, model=model)
     values = json.loads((run / "results.json").read_text())
-    for gain, half, warned in ((0.1, 0.02, True), (0.1, 0.2, False), (-0.1, 0.02, True), (0.025, 0.001, False)):
+    values["evaluation"]["picture"].pop("brightness")
+    for gain, half, warned in ((0.024, 0.2, True), (-0.024, 0.02, True), (0.022, 0.02, False), (-0.023, 0.02, False)):
         values["evaluation"]["picture"]["saturation"] = of_picture(0.4, gain, half)
         (run / "results.json").write_text(json.dumps(values))
         page = page_of(run)
         assert ("</strong>: the images changed more than in any of 3 default runs" in page) == warned
+        assert (f"saturation {gain:+.3f} (+0.021 to +0.023)".replace("-", "−") in page) == warned
         assert ("Look at the images" in page) == warned
     assert ("No bands of normal curves are drawn" in page) == bool(model) == ("This run has another model" in page)
-    assert ("this run’s changes are" in page) != bool(model)
+    assert ("Beside this run’s changes" in page) == ("default runs</th>" in page) != bool(model)
+    del values["evaluation"]["judged"]  # what nobody judged is compared too
+    (run / "results.json").write_text(json.dumps(values))
+    assert ("Outside them: diversity, saturation. With so few" in page_of(run)) != bool(model)
 
 
 def test_other_settings_have_no_band(tmp_path: Path, without_matplotlib: None, band: list[Path]) -> None:
     page = page_of(seed_of(tmp_path, 4, steps=200, lora=8))
-    assert "This run has other settings (--steps, --lora)" in page and "changes are" not in page
+    assert "This run has other settings (--steps, --lora)" in page and "Beside this" not in page
     assert "inside" in page_of(seed_of(tmp_path, 5, lora=0, keep=9))  # a default that is named; what changes nothing
 
 

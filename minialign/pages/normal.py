@@ -21,7 +21,7 @@ from ..engine.commands import Parser, run_command
 from ..engine.run import is_run, read_metrics
 from ..engine.settings import BY_NAME
 from ..files import InputError, read_json, write_json
-from ..measures import PICTURE, prediction_interval
+from ..measures import PICTURE
 
 FILE = Path(__file__).with_name("normal.json")
 SECTIONS = 5  # of a curve: in each a run's mean is compared with all that was logged in it
@@ -86,7 +86,7 @@ def make_band(runs: Sequence[Path]) -> dict[str, Any]:
             high = [_short(end + abs(end) / 2000) for _, end in ends]
             curves[name] = {"steps": int(steps), "low": low, "high": high}
     changes = {
-        name: [_short(one["changes"][name]["gain"]) for one in contents]
+        name: [one["changes"][name]["gain"] for one in contents]
         for name in CHANGES
         if all(name in one["changes"] for one in contents)
     }
@@ -144,19 +144,6 @@ def leaves(points: np.ndarray, band: Mapping[str, Any]) -> list[tuple[int, int, 
             first = stretches.pop()[0]
         stretches.append((first, last, side))
     return stretches
-
-
-def is_unusual(change: Mapping[str, Any], seeds: Sequence[float]) -> bool:
-    """Whether a change lies where one more seed would lie one time in twenty at most (`prediction_interval`)."""
-    low, high = prediction_interval(seeds)
-    return not low <= change["gain"] <= high
-
-
-def is_alarming(change: Mapping[str, Any], seeds: Sequence[float]) -> bool:
-    """Whether a change is significant, unusual, and larger than that of every seed."""
-    low, high = change.get("gain_ci95") or (0, 0)
-    larger = abs(change["gain"]) > max(map(abs, seeds))
-    return larger and not low <= 0 <= high and is_unusual(change, seeds)
 
 
 # --------------------------------------------------------------------------------------------------------- the command

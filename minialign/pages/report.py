@@ -303,38 +303,35 @@ def _picture(path: Path, alt: str, largest: int = LARGEST) -> str:
 # ----------------------------------------------------------------------------------------------------- what changed
 def _what_changed(evaluation: Mapping[str, Any], band: Mapping[str, Any], unlike: str) -> str:
     """Alignment by kind of prompt, and what else changed; before them, whether normal runs change as much."""
-    judge = str(evaluation.get("judge") or "")
-    section = _section("What changed", [_groups(evaluation, judge), _changes(evaluation)])
+    judge, usual = str(evaluation.get("judge") or ""), {} if unlike else band["changes"]
+    section = _section("What changed", [_groups(evaluation, judge), _changes(evaluation, usual)])
     return section.replace("</h2>", f"</h2>{_usual(evaluation, band, unlike)}", 1) + _sets(evaluation)
 
 
 def _usual(evaluation: Mapping[str, Any], band: Mapping[str, Any], unlike: str) -> str:
-    """Whether changes are those of normal runs, and a warning of images that changed more than in any of these."""
-    changes = {key: one for key, one in normal.read_changes(evaluation).items() if key in band.get("changes", {})}
-
-    def listed(names: Iterable[str]) -> str:
-        texts = []
-        for name in names:
-            seeds, by_judge = band["changes"][name], name in evaluation["judged"]
-            numbers = (difference(x, by_judge and is_fraction(name)) for x in (changes[name]["gain"], *seeds))
-            gain, *others = map(_minus, numbers)
-            title = judged_by(name) if by_judge else name
-            texts.append(f"{escape(title)} {gain} (in those runs {', '.join(others)})")
-        return "; ".join(texts)
-
-    unusual = [name for name, one in changes.items() if normal.is_unusual(one, band["changes"][name])]
-    alarming = [
-        name for name in PICTURE if name in unusual and normal.is_alarming(changes[name], band["changes"][name])
-    ]
+    """Whether changes lie among those of normal runs; a warning where images changed more than in any of these."""
+    seeds = band.get("changes", {})
+    gains = {key: one["gain"] for key, one in normal.read_changes(evaluation).items() if key in seeds}
+    judges = evaluation.get("judged") or {}
+    outside = [name for name, gain in gains.items() if not min(seeds[name]) <= gain <= max(seeds[name])]
+    larger = [name for name in PICTURE if name in gains and abs(gains[name]) > max(map(abs, seeds[name]))]
     said, runs = "", _default_runs(band)
-    if changes and not unlike:
-        said = f"<p>Compared with {runs}, this run’s changes are "
-        said += f"unusual: {listed(unusual)}.</p>" if unusual else "usual.</p>"
-    if alarming:
+    if gains and not unlike:
+        names = ", ".join(judged_by(name) if name in judges else name for name in outside)
+        said = f"<p>Beside this run’s changes stand the lowest and the highest of {runs}. "
+        said += f"Outside them: {escape(names)}. With so few runs, a normal run may be outside too." if outside else ""
+        said += "</p>" if outside else "All lie between them.</p>"
+    if larger:
         whose = " (another model or other settings, so a rough measure)" if unlike else ""
+        told = "; ".join(f"{name} {_minus(difference(gains[name], False))} ({_span(seeds[name])})" for name in larger)
         said += f"""<p class="note"><strong>Warning</strong>: the images changed more than in any of {runs}{whose}:
-{listed(alarming)}. {HACKING}</p>"""
+{told}. {HACKING}</p>"""
     return said
+
+
+def _span(changes: Sequence[float], percent: bool = False) -> str:
+    """The lowest and the highest of the changes of default runs."""
+    return _minus(" to ".join(difference(end, percent) for end in (min(changes), max(changes))))
 
 
 def _default_runs(band: Mapping[str, Any]) -> str:
@@ -376,15 +373,21 @@ def _cells(entries: Sequence[Mapping[str, Any]], percent: bool) -> list[str]:
     return cells
 
 
-def _changes(evaluation: Mapping[str, Any]) -> str:
-    """A table of all that an evaluation measured of all images of its models."""
+def _changes(evaluation: Mapping[str, Any], usual: Mapping[str, Sequence[float]] = {}) -> str:
+    """A table of all that an evaluation measured of all images of its models; beside it `usual`, of default runs."""
+
+    def beside(name: str, percent: bool = False) -> list[str]:
+        return [_span(usual[name], percent) if name in usual else ""] * bool(usual)
+
     models, judge, rows = list(evaluation.get("models") or {}), str(evaluation.get("judge") or ""), []
     for name in sorted(evaluation.get("judged") or {}, key=lambda name: name != judge):
         table = evaluation["judged"][name]
         entries = [(table.get(model) or {}).get("overall") or {} for model in models]
         if any(entry.get("value") is not None for entry in entries):
             aim = "\nwhat fine-tuning aimed at" * (name == "reward")
-            rows.append((_capital(judged_by(name)) + aim, *_cells(entries, is_fraction(name))))
+            rows.append(
+                (_capital(judged_by(name)) + aim, *_cells(entries, is_fraction(name)), *beside(name, is_fraction(name)))
+            )
     truth = evaluation.get("reference") or "good images"
     for key, (title, meaning, percent) in COSTS.items():
         numbers = evaluation.get(key) or {}
@@ -398,15 +401,15 @@ def _changes(evaluation: Mapping[str, Any]) -> str:
             cells = _cells(entries, percent)
             if not gains:
                 cells = [cell.partition("\n")[0] for cell in cells]
-            rows.append((f"{title}\n{meaning.format(truth)}", *cells))
+            rows.append((f"{title}\n{meaning.format(truth)}", *cells, *beside(key, percent)))
     for name, meaning in PICTURE.items():
         if numbers := (evaluation.get("picture") or {}).get(name):
             cells = _cells([numbers.get(model) or {} for model in models], False)
-            rows.append((f"{_capital(name)}\n{meaning}", *cells))
+            rows.append((f"{_capital(name)}\n{meaning}", *cells, *beside(name)))
     header = ["", *models[:1]]
     for model in models[1:]:
         header += [model, "difference" if len(models) == 2 else f"over {models[0]}"]
-    return _table(header, rows)
+    return _table([*header, *["default runs"] * bool(usual)], rows)
 
 
 def _sets(evaluation: Mapping[str, Any]) -> str:
