@@ -584,6 +584,38 @@ def test_labels_go_out_and_in(images, kind):
     again.close()
 
 
+@pytest.fixture
+def exported(images):
+    """A store with a label, a skip and a score of two images; the files are in the folder of its images."""
+    with closing(FeedbackStore(images)) as store:
+        store.merge([NewLabel("a cat", "0.png", 5, "ann", "good", None, 0.75),
+                     NewLabel('two "dogs", red', "1.png", None, "bob", "skip", None)])  # fmt: skip
+        yield store
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_pandas_reads_what_is_exported(exported, images, kind):
+    pandas = pytest.importorskip("pandas")
+    assert export_labels(exported, images / f"labels.{kind}") == 2
+    path = images / f"labels.{kind}"
+    table = pandas.read_csv(path) if kind == "csv" else pandas.read_json(path, lines=True)
+    assert table["prompt"].tolist() == ["a cat", 'two "dogs", red'] and table["image"].tolist() == ["0.png", "1.png"]
+    assert table["label"].tolist() == ["good", "skip"] and table["labeller"].tolist() == ["ann", "bob"]
+    for column, first in (("seed", 5), ("soft", 0.75)):
+        assert table[column][0] == first and pandas.isna(table[column][1])
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_the_hubs_imagefolder_reads_what_is_exported(exported, images, kind):
+    datasets = pytest.importorskip("datasets")
+    export_labels(exported, images / f"metadata.{kind}")
+    rows = datasets.load_dataset("imagefolder", data_dir=str(images), split="train", cache_dir=str(images / "cache"))
+    assert [(row["text"], row["label"], row["image"].size) for row in rows] == [
+        ("a cat", "good", (8, 8)),
+        ('two "dogs", red', "skip", (8, 8)),
+    ]
+
+
 def test_files_of_others_go_in(images):
     path = images / "theirs.csv"
     path.write_text("prompt,image,label\na cat,0.png,1\na cat,0.png,0\na dog,1.png,skip\n")
