@@ -2,16 +2,13 @@
 
 from .label_files import (
     check_image,
-    count_votes,
     export_comparisons,
     export_labels,
     import_into_run,
     import_labels,
     merge_into_run,
     new_judgements,
-    read_feedback,
     read_judgements,
-    read_labels,
     read_prompts,
 )
 from .rows import USUAL, Reading, add_reading_flags, given_reading
@@ -43,7 +40,6 @@ __all__ = [
     "add_reading_flags",
     "check_image",
     "clean_name",
-    "count_votes",
     "export_comparisons",
     "export_labels",
     "given_reading",
@@ -51,8 +47,6 @@ __all__ = [
     "import_labels",
     "merge_into_run",
     "new_judgements",
-    "read_feedback",
     "read_judgements",
-    "read_labels",
     "read_prompts",
 ]

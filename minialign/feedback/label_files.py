@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,32 +51,15 @@ class FileComparison(NamedTuple):
 
 
 # -------------------------------------------------------------------------------------------------------- label files
-def read_feedback(path: Path, reading: Reading = USUAL) -> list[tuple[str, Path, str]]:
-    """(prompt, image file, verdict) rows of a label file: a table or JSON with columns prompt, image, label.
-
-    Image paths are relative to the file's folder. Labels are good, bad or skip (or 1/0, true/false, yes/no), in any
-    case; `reading` names others. The majority counts where the file labels a pair of prompt and image several times.
-    InputError names the file, the line and what is accepted; every image is opened, and at least one must be good.
-    """
-    rows = [(row.prompt, row.image, row.verdict or "skip") for row in read_labels(path, reading)]
-    if not any(vote > 0 for vote in count_votes(rows).values()):
-        raise InputError(f"{path}: none of its {len(rows)} images is labelled good; at least one is needed")
-    return rows
-
-
-def read_labels(path: Path, reading: Reading = USUAL) -> list[FileLabel]:
-    """The labels of a file, with the columns that are not needed too; errors as of `read_feedback`."""
-    return read_judgements(path, reading)[0]
-
-
 def read_judgements(
     path: Path, reading: Reading = USUAL, unlabelled: bool = False
 ) -> tuple[list[FileLabel], list[FileComparison]]:
-    """The labels and the comparisons of a file of any of the shapes of rows.py; errors as of `read_feedback`.
+    """The labels and the comparisons of a file of any of the shapes of rows.py.
 
-    Where one labeller labels an image, or two images, several times, the latest verdict is kept: by time, where a line
-    without a time is as late as the reading; of the same time, the later line's. unlabelled: images without a label are
-    read too, with None for the verdict.
+    Image paths are relative to the file's folder. InputError names the file, the line and what is accepted; every image
+    is opened. Where one labeller labels an image, or two images, several times, the latest verdict is kept: by time,
+    where a line without a time is as late as the reading; of the same time, the later line's. unlabelled: images
+    without a label are read too, with None for the verdict.
     """
     latest: dict[Any, FileLabel | FileComparison] = {}
     opened: dict[Path, str | None] = {}
@@ -227,7 +210,7 @@ def new_judgements(
 def export_labels(store: FeedbackStore, path: Path) -> int:
     """Write all labels to a label file, its kind by its name; their number.
 
-    Image paths are relative to the file's folder, so that `read_labels` reads it where it is.
+    Image paths are relative to the file's folder, so that `read_judgements` reads it where it is.
     """
     place = _Places(store.folder, path)
     return write_rows(path, COLUMNS, ((row[0], place(row[1]), *row[2:]) for row in store.label_rows()))
@@ -244,14 +227,6 @@ def export_comparisons(store: FeedbackStore, path: Path) -> int:
         for row in store.comparison_rows()
     )
     return write_rows(path, COMPARED, rows)
-
-
-def count_votes(rows: Iterable[tuple[str, Path, str]]) -> Counter[tuple[str, Path]]:
-    """For each pair of prompt and image the number of good verdicts less that of bad ones."""
-    votes: Counter[tuple[str, Path]] = Counter()
-    for prompt, image, verdict in rows:
-        votes[prompt, image] += {"good": 1, "bad": -1, "skip": 0}[verdict]
-    return votes
 
 
 def check_image(path: Path, where: str) -> None:
