@@ -728,6 +728,7 @@ def begun(monkeypatch, capsys, *arguments):
 def test_a_folder_of_images_with_captions_begins_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     source = own_folder(tmp_path / "photos", {"a": "a cat", "b": "a cat", "c": "a dog"})
+    (source / "config.json").write_text('{"of": "another tool"}')
     before = sorted(path.name for path in source.iterdir())
     code, out, err, (book,) = begun(monkeypatch, capsys, "photos")
     assert code == 0 and out == "runs/photos: a run of the 3 images of photos, which stay where they are\n", err
@@ -790,9 +791,18 @@ def test_images_that_no_run_can_be_begun_with_are_one_line(run, tmp_path, monkey
         (("thesis",), "thesis: holds no images with captions"),
         (("x.csv",), "x.csv, line 3: image photos/nowhere.png does not exist"),
         (("x.csv", "--out", "thesis"), "thesis: holds files that are not a run's"),
+        (("thesis", "--import", "x.csv"), "thesis: holds files that are not a run's"),
         ((run, "--out", "mine"), "--out and the flags for label files are accepted only with images to begin a run"),
         ((run, "--good-from", 3), "--out and the flags for label files are accepted only with images to begin a run"),
-        ((run, "--import", "x.csv", "--out", "mine"), "--out: goes with a folder or file of images"),
+        ((run, "--import", "x.csv", "--out", "mine"), "--out: not used by --import; leave it out"),
+        ((run, "--import", "x.csv", "--images", tmp_path), "--images: not used by --import; leave it out"),
+        ((run, "--import", "x.csv", "--compare", tmp_path), "--compare: not used by --import; leave it out"),
+        ((run, "--annotator", "--compare", tmp_path), "--compare: not used by --annotator; leave it out"),
+        ((run, "--annotator", "--skip", "-1"), "a flag for label files: not used by --annotator; leave it out"),
+        ((run, "--annotator", "--sets", 4), "--sets 4: accepted only with --compare OTHER"),
+        ((run, "--labels", 5), "--labels: goes with --annotator, which is not given"),
+        ((run, "--summary", "--seed", 5), "--seed: goes with --annotator, which is not given"),
+        ((run, "--redo"), "--redo: goes with --annotator, which is not given"),
         (("nowhere",), "nowhere: no feedback.sqlite in it; accepted: a run's folder, or images to begin one"),
     ):
         code, _, err, books = begun(monkeypatch, capsys, *arguments)

@@ -111,17 +111,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def main() -> None:
     args = parse_arguments()
+    check_flags(args)
     if args.annotator:
         annotate(args)
         return
-    if args.sets > 1 and args.compare is None:
-        raise InputError(f"--sets {args.sets}: accepted only with --compare OTHER")
-    for flag, folder in (("--compare", args.compare), ("--images", args.images)):
-        if folder is not None and not folder.is_dir():
-            raise InputError(f"{flag} {folder}: not a folder")
-    if args.out is not None and args.take is not None:
-        raise InputError("--out: goes with a folder or file of images; accepted: RUN --import FILE")
     if args.take is not None:
+        from ..engine.run import check_folder
+
+        check_folder(args.run)
         counts = zip(import_into_run(args.run, args.take, given_reading(args)), ("new label", "new comparison"))
         counted = [plural(count, what) for count, what in counts if count or what == "new label"]
         print(f"{args.run}: {', '.join(counted)} from {args.take}")
@@ -154,11 +151,30 @@ def main() -> None:
         store.close()
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """InputError for a flag that the command would ignore, or that names no folder."""
+    if args.sets > 1 and args.compare is None:
+        raise InputError(f"--sets {args.sets}: accepted only with --compare OTHER")
+    folders = {"--compare": args.compare, "--images": args.images}
+    for flag, folder in folders.items():
+        if folder is not None and not folder.is_dir():
+            raise InputError(f"{flag} {folder}: not a folder")
+    of_annotator = [f"--{name}" for name in given(args, "label")] + ["--redo"] * args.redo
+    if of_annotator and not args.annotator:
+        raise InputError(f"{of_annotator[0]}: goes with --annotator, which is not given")
+    others = [flag for flag, value in (*folders.items(), ("--out", args.out)) if value is not None]
+    others += ["a flag for label files"] * (args.annotator and given_reading(args) != USUAL)
+    if others and (args.annotator or args.take is not None):
+        raise InputError(f"{others[0]}: not used by {'--annotator' if args.annotator else '--import'}; leave it out")
+
+
 def begins(source: Path) -> bool:
     """Whether a run can be begun from it: a file, or a folder that holds something and is no run."""
     if not source.is_dir():
         return source.is_file()
-    return not (source / "config.json").is_file() and any(source.iterdir())
+    from ..engine.run import is_run
+
+    return not is_run(source) and any(source.iterdir())
 
 
 def annotate(args: argparse.Namespace) -> None:
