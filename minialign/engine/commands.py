@@ -1,4 +1,4 @@
-"""What all commands share: a parser, ranges of flags, and one line with exit code 2 for a user's mistake."""
+"""What all commands share: a parser, ranges of flags, numbers in words, and one line with exit code 2 for a mistake."""
 
 from __future__ import annotations
 
@@ -89,6 +89,11 @@ def in_range(kind: type, low: float, high: float = float("inf")) -> Callable[[st
         return value
 
     return convert
+
+
+def plural(value: int, what: str) -> str:
+    """A number of things in words: 1 label, 2,000 labels."""
+    return f"{value:,} {what}{'s' * (value != 1)}"
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ..engine.commands import Parser, in_range, run_command
+from ..engine.commands import Parser, in_range, plural, run_command
 from ..engine.settings import add_flags, add_run_flags, given
 from ..feedback import (
     LONGEST_NAME,
@@ -34,7 +34,6 @@ from ..feedback import (
     import_into_run,
 )
 from ..files import InputError, read_bytes
-from ..pages.cards import plural
 from .book import LabelBook, summary
 from .comparison import LARGEST_SET, ComparisonBook, compared
 from .server import Server

@@ -7,10 +7,10 @@ from contextlib import closing
 from pathlib import Path
 
 from ..data import Skipped, Unusable, read_pairs
+from ..engine.commands import plural
 from ..engine.run import check_folder
 from ..feedback import FeedbackStore, NewLabel, Reading, check_image, merge_into_run, new_judgements
 from ..files import InputError
-from ..pages.cards import plural
 
 
 class _Strict(Skipped):

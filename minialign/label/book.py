@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..engine.commands import plural
 from ..feedback import VERDICTS, FeedbackStore
 from ..feedback.verdicts import Verdicts
-from ..pages.cards import plural
 from .queue import Queue
 
 TOGETHER = 3  # images of one prompt that are shown at once: the paper's

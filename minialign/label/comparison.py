@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..engine.commands import plural
 from ..feedback import PREFERENCES, FeedbackStore, StoredImage
 from ..feedback.verdicts import Verdicts
 from ..measures import two_thirds, wilson_interval
-from ..pages.cards import plural
 from .book import LabelBook, Refused
 
 LARGEST_SET = 9  # images of a set, so that each can be seen

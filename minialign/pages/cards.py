@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..engine.commands import plural
 from ..prompts import CATEGORIES
 
 SCORES = {"reward": "mean reward", "CLIP score": "mean CLIP score"}  # of these judges; all others label images
@@ -232,10 +233,6 @@ def reward_table(reward: Mapping[str, Any]) -> str:
     if not lines:
         return f"{head} Too few prompts, or labels of one kind only, to hold any out: nothing was measured."
     return "\n".join([head, *lines])
-
-
-def plural(value: int, what: str) -> str:
-    return f"{value:,} {what}{'s' * (value != 1)}"
 
 
 def reward_words(reward: Mapping[str, Any]) -> str:

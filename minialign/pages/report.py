@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..engine.commands import plural
 from ..engine.settings import command, shown
 from ..files import atomic, read_json
 from ..measures import wilson_interval
@@ -34,7 +35,6 @@ from .cards import (
     is_fraction,
     judged_by,
     number,
-    plural,
     reward_words,
     significance,
     twice_as_many,
