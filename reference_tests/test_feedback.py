@@ -15,17 +15,22 @@ from PIL import Image
 from minialign.feedback import (
     SIMULATED,
     FeedbackStore,
+    LabelFile,
     StoreError,
     export_comparisons,
     export_labels,
     import_into_run,
-    import_labels,
+    new_judgements,
     read_judgements,
     read_prompts,
 )
 from minialign.feedback.store import NewLabel
 from minialign.files import InputError
 from minialign.measures import fleiss_kappa
+
+
+def import_labels(store, path):
+    return store.merge(*new_judgements(store.folder, LabelFile(path)))
 
 
 def verdicts_of(path):

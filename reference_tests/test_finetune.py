@@ -24,7 +24,7 @@ from minialign.engine.run import Run, locked, opened
 from minialign.engine.settings import BY_NAME, defaults
 from minialign.engine.settings import command as repeated
 from minialign.evaluate.__main__ import main as evaluate
-from minialign.feedback import FeedbackStore
+from minialign.feedback import FeedbackStore, LabelFile, label_files
 from minialign.files import InputError, read_weights
 from minialign.finetune.__main__ import main, parse_arguments
 from minialign.generate import main as generate
@@ -476,7 +476,7 @@ def test_own_images_go_through_the_same_code(source, tmp_path, capsys, request):
         _own_run_again(run, labels, arguments, small, capsys)
 
 
-def test_comparisons_alone_go_through_the_same_code_and_another_file_takes_their_place(tmp_path, capsys):
+def test_comparisons_alone_go_through_the_same_code_and_another_file_takes_their_place(tmp_path, capsys, monkeypatch):
     labels, run, pairs = own_images(tmp_path / "images"), tmp_path / "run", tmp_path / "images" / "ranks.json"
     prompts = [json.loads(line)["prompt"] for line in labels.read_text().splitlines()]
     files = {prompt: [f"{i}.png" for i in range(12) if prompts[i] == prompt] for prompt in prompts}
@@ -486,17 +486,20 @@ def test_comparisons_alone_go_through_the_same_code_and_another_file_takes_their
     code, _, err = command(main, capsys, *arguments, "--columns", "generations=images,ranking=ranks")
     assert code == 2 and "--columns, --skip, --good-from, --scale: say how --feedback FILE is read, and need it" in err
     columns = ("--columns", "generations=images,ranking=ranks")
+    opened_once, check = [], label_files.check_image
+    monkeypatch.setattr(label_files, "check_image", lambda *of: opened_once.append(of[0].name) or check(*of))
     code, out, err = command(main, capsys, *arguments, "--feedback", pairs, *columns)
     assert code == 0 and "18 comparisons and no label: r is only relative" in err, err
+    assert sorted(opened_once) == sorted(f"{i}.png" for i in range(12))
     results = results_of(run)
     assert results["counts"]["labels"] == 0 and results["reward"]["comparisons"] == 18
     assert (run / "report.html").exists() and "comparisons alone" in (run / "reward" / "README.md").read_text()
     code, _, err = command(main, capsys, *arguments, "--feedback", pairs)
     assert code == 2 and "ranks.json, row 1: no column 'image'" in err
     with opened(run) as state, pytest.raises(InputError, match="stage label is out of date: the label file changed"):
-        import_run(state, labels)
+        import_run(state, LabelFile(labels))
     with opened(run) as state:
-        import_run(state, labels, redo=True)
+        import_run(state, LabelFile(labels), redo=True)
     store = FeedbackStore(run)
     assert store.comparison_rows() == [] and len(store.labels()) == 12
     store.close()

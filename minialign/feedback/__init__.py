@@ -1,11 +1,11 @@
 """Feedback of stage 1: the store of images and labels, and label and prompt files, read and written."""
 
 from .label_files import (
+    LabelFile,
     check_image,
     export_comparisons,
     export_labels,
     import_into_run,
-    import_labels,
     merge_into_run,
     new_judgements,
     read_judgements,
@@ -32,6 +32,7 @@ __all__ = [
     "USUAL",
     "VERDICTS",
     "FeedbackStore",
+    "LabelFile",
     "NewLabel",
     "Preferred",
     "Reading",
@@ -44,7 +45,6 @@ __all__ = [
     "export_labels",
     "given_reading",
     "import_into_run",
-    "import_labels",
     "merge_into_run",
     "new_judgements",
     "read_judgements",

@@ -11,7 +11,9 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +53,19 @@ class FileComparison(NamedTuple):
 
 
 # -------------------------------------------------------------------------------------------------------- label files
+@dataclass(frozen=True)
+class LabelFile:
+    """A label file, how it is read, and what it says, which is read once; with `unlabelled` images without a label."""
+
+    path: Path
+    reading: Reading = USUAL
+    unlabelled: bool = False
+
+    @cached_property
+    def judgements(self) -> tuple[list[FileLabel], list[FileComparison]]:
+        return read_judgements(self.path, self.reading, self.unlabelled)
+
+
 def read_judgements(
     path: Path, reading: Reading = USUAL, unlabelled: bool = False
 ) -> tuple[list[FileLabel], list[FileComparison]]:
@@ -140,18 +155,9 @@ def _image(folder: Path, named: str, sha256: Any, where: str, opened: dict[Path,
     return image.resolve()
 
 
-def import_labels(store: FeedbackStore, path: Path, reading: Reading = USUAL) -> tuple[int, int]:
-    """Take the labels and comparisons of a file into the store; how many of each are new or newer than the store's.
-
-    Images that are not in the store are added. A label without a labeller is by the file's name, with a number where
-    the file labels a pair of prompt and image again; without a time it is now.
-    """
-    return store.merge(*new_judgements(store.folder, path, reading))
-
-
 def import_into_run(folder: Path, path: Path, reading: Reading = USUAL) -> tuple[int, int]:
-    """`import_labels` into the store of a run, which is made where there is none; nothing is left where this fails."""
-    return merge_into_run(folder, *new_judgements(folder, path, reading))
+    """Take the labels and comparisons of a file into a run; how many of each are new or newer than the store's."""
+    return merge_into_run(folder, *new_judgements(folder, LabelFile(path, reading)))
 
 
 def merge_into_run(
@@ -178,12 +184,14 @@ def merge_into_run(
         raise
 
 
-def new_judgements(
-    folder: Path, path: Path, reading: Reading = USUAL, unlabelled: bool = False
-) -> tuple[list[NewLabel], list[NewComparison]]:
-    """The labels and comparisons of a file (`read_judgements`) as the store of the run `folder` takes them."""
+def new_judgements(folder: Path, file: LabelFile) -> tuple[list[NewLabel], list[NewComparison]]:
+    """The labels and comparisons of a file as the store of the run `folder` takes them.
+
+    A label without a labeller is by the file's name, with a number where the file labels a pair of prompt and image
+    again; without a time it is now.
+    """
     root = folder.resolve()
-    unnamed = clean_name(path.stem[: LONGEST_NAME - 8]) or "a file"
+    unnamed = clean_name(file.path.stem[: LONGEST_NAME - 8]) or "a file"
     times: Counter[Any] = Counter()
 
     def place(image: Path) -> str:
@@ -193,7 +201,7 @@ def new_judgements(
         times[of] += labeller is None
         return labeller or (unnamed if times[of] == 1 else f"{unnamed}, {times[of]}")
 
-    labels, compared = read_judgements(path, reading, unlabelled)
+    labels, compared = file.judgements
     rows = [
         NewLabel(one.prompt, place(one.image), one.seed, name(one.labeller, one.prompt, one.image),
                  one.verdict, one.time, one.soft)

@@ -22,7 +22,7 @@ from ..engine.processes import gathered, is_main_process, pick_device, process_g
 from ..engine.run import DIGEST, Run, opened
 from ..engine.settings import STAGES, add_flags, add_run_flags, defaults, given
 from ..evaluate import evaluate_run, images_per_prompt, test_items, write_results
-from ..feedback import USUAL, FeedbackStore, Reading, add_reading_flags, given_reading, read_judgements
+from ..feedback import USUAL, FeedbackStore, LabelFile, add_reading_flags, given_reading
 from ..files import InputError, atomic
 from ..generate import check_sampling, generate_images, load_model, per_prompt, planned, sampler
 from ..label.annotated import annotate_run, import_run
@@ -60,8 +60,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main_job(
-    run: Run, flags: dict[str, Any], device: torch.device, *, recipe: str | None = None, feedback: Path | None = None,
-    redo: bool = False, cache_folder: Path | None = None, reading: Reading = USUAL,
+    run: Run, flags: dict[str, Any], device: torch.device, *, recipe: str | None = None,
+    feedback: LabelFile | None = None, redo: bool = False, cache_folder: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """All stages of a run, each unless it is done; the content of results.json."""
 
@@ -78,7 +78,7 @@ def main_job(
     check_terms(read_terms(settings["reward"], run.folder), named="reward" in flags)
     run.intend(run.given(flags, recipe))
     sample = sampler(run, settings, flags, device, load)
-    collect(run, settings, flags, sample, feedback, redo, reading)
+    collect(run, settings, flags, sample, feedback, redo)
     learn_from_run(run, settings, device, redo)
     items = test_items(run, settings)
     load.cache_clear()  # its memory is for fine-tuning, which changes what it loads
@@ -100,12 +100,11 @@ def check_settings(settings: dict[str, Any], flags: dict[str, Any]) -> None:
 
 
 def collect(
-    run: Run, settings: dict[str, Any], flags: dict[str, Any], load: Any, feedback: Path | None, redo: bool,
-    reading: Reading = USUAL,
-) -> None:  # fmt: skip
+    run: Run, settings: dict[str, Any], flags: dict[str, Any], load: Any, feedback: LabelFile | None, redo: bool
+) -> None:
     """Stage 1: images and labels, imported from a file, made by others before, or by the model and the annotator."""
     if feedback is not None:
-        import_run(run, feedback, redo, reading)
+        import_run(run, feedback, redo)
         return
     learned = any(term.what == LEARNED for term in read_terms(settings["reward"], run.folder))
     images, labels = gathered(counted(run.folder) if is_main_process() else (0, 0))[0]
@@ -169,14 +168,15 @@ def counted(folder: Path) -> tuple[int, int]:
         store.close()
 
 
-def check_feedback(feedback: Path, flags: dict[str, Any], reading: Reading = USUAL) -> None:
+def check_feedback(feedback: LabelFile, flags: dict[str, Any]) -> None:
     """InputError for a label file that cannot be used, or whose images nobody's model made."""
-    if feedback.is_dir():
-        raise InputError(f"--feedback {feedback}: a folder; to continue a run: python -m minialign.finetune {feedback}")
-    prompts = [row.prompt for rows in read_judgements(feedback, reading) for row in rows]
+    path = feedback.path
+    if path.is_dir():
+        raise InputError(f"--feedback {path}: a folder; to continue a run: python -m minialign.finetune {path}")
+    prompts = [row.prompt for rows in feedback.judgements for row in rows]
     if flags.get("model") is None and not knows(prompts):
         raise InputError(
-            f"--model: needed with --feedback {feedback}, whose prompts are not the bundled model's; accepted: the "
+            f"--model: needed with --feedback {path}, whose prompts are not the bundled model's; accepted: the "
             "model that made the images"
         )
 
@@ -215,16 +215,16 @@ def main() -> None:
     own = flags.get("model") is not None or args.feedback is not None
     folder = args.run or args.out or Path("runs/own" if own else "runs/shapes")
     reading = given_reading(args)
-    if args.feedback is None and reading != USUAL:
+    feedback = None if args.feedback is None else LabelFile(args.feedback, reading)
+    if feedback is None and reading != USUAL:
         raise InputError("--columns, --skip, --good-from, --scale: say how --feedback FILE is read, and need it")
     check_sources(folder, flags, args.fresh)
     with process_group(pick_device(args.device)) as device:
-        if args.feedback is not None and is_main_process():
-            check_feedback(args.feedback, flags, reading)
+        if feedback is not None and is_main_process():
+            check_feedback(feedback, flags)
         with opened(folder, args.fresh) as run:
             results = main_job(
-                run, flags, device, recipe=args.recipe, feedback=args.feedback, redo=args.redo, cache_folder=args.cache,
-                reading=reading,
+                run, flags, device, recipe=args.recipe, feedback=feedback, redo=args.redo, cache_folder=args.cache
             )  # fmt: skip
             if not is_main_process():
                 return

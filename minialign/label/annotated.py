@@ -12,7 +12,7 @@ import torch
 from ..data import open_image
 from ..engine.optimising import generator, progress
 from ..engine.run import Run, digest, label_digest
-from ..feedback import SIMULATED, USUAL, FeedbackStore, Reading, import_labels
+from ..feedback import SIMULATED, USUAL, FeedbackStore, LabelFile, new_judgements
 from ..files import InputError, read_bytes
 from ..shapes.world import WORLD, annotate, knows
 
@@ -50,17 +50,17 @@ def annotate_images(folder: Path, number: int, seed: int) -> None:
         store.close()
 
 
-def import_run(run: Run, file: Path, redo: bool = False, reading: Reading = USUAL) -> None:
+def import_run(run: Run, file: LabelFile, redo: bool = False) -> None:
     """Stage `label` of a run, unless it is done: the labels and comparisons of a label file, and its images."""
 
     def inputs() -> dict[str, str]:
-        as_read = {} if reading == USUAL else {"reading of the label file": digest(json.dumps(reading))}
-        return {"label file": digest(read_bytes(file))} | as_read
+        as_read = {} if file.reading == USUAL else {"reading of the label file": digest(json.dumps(file.reading))}
+        return {"label file": digest(read_bytes(file.path))} | as_read
 
-    with run.stage("label", f"the labels of {file}", {}, inputs, redo=redo) as todo:
+    with run.stage("label", f"the labels of {file.path}", {}, inputs, redo=redo) as todo:
         if todo:
             with closing(FeedbackStore(run.folder)) as store:
                 only_simulated = set(store.labellers()) <= {SIMULATED} and not store.comparison_rows()
-                import_labels(store, file, reading)
+                store.merge(*new_judgements(run.folder, file))
                 if only_simulated:  # then all labels can be made again, so that --redo may remove them
                     run.stages["label"]["imported"] = label_digest(store)

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..data import Skipped, Unusable, read_pairs
 from ..engine.commands import plural
 from ..engine.run import check_folder
-from ..feedback import FeedbackStore, NewLabel, Reading, check_image, merge_into_run, new_judgements
+from ..feedback import FeedbackStore, LabelFile, NewLabel, Reading, check_image, merge_into_run, new_judgements
 from ..files import InputError
 
 
@@ -32,9 +32,8 @@ def begin(source: Path, out: Path | None, reading: Reading) -> tuple[Path, list[
     """
     run = out or Path("runs") / (source.resolve().name if source.is_dir() else source.stem)
     check_folder(run)
-    rows, pairs = (
-        (folder_images(source), []) if source.is_dir() else new_judgements(run, source, reading, unlabelled=True)
-    )
+    file = LabelFile(source, reading, unlabelled=True)
+    rows, pairs = (folder_images(source), []) if source.is_dir() else new_judgements(run, file)
     named = [(row.prompt, row.image) for row in rows]
     named += [(row.prompt, image) for row in pairs for image in (row.image, row.other)]
     images = {(prompt, Path(os.path.realpath(run / image))) for prompt, image in named}
