@@ -247,10 +247,10 @@ def _limits(found: Works) -> str:
         if "counts" in work:
             sides = [(work["counts"][side], work[key]) for side, key in (("minialign", "ours"), ("peer", "theirs"))]
             limit = work["limits"]
-            shares = [counts["flops"] / limit["flops"] / seconds for counts, seconds in sides]
-            shares += [counts["moved"] / limit["bytes"] / seconds for counts, seconds in sides]
+            fractions = [counts["flops"] / limit["flops"] / seconds for counts, seconds in sides]
+            fractions += [counts["moved"] / limit["bytes"] / seconds for counts, seconds in sides]
             operations = [f"{counts['operations']:,}" for counts, _ in sides]
-            rows.append([name, *(f"{share:.0%}" for share in shares), *operations])
+            rows.append([name, *(f"{fraction:.0%}" for fraction in fractions), *operations])
     header = ["work", "matmul rate: minialign", "peer", "copy rate: minialign", "peer", "operations: minialign", "peer"]
     return "### Fraction of the device's limits\n\n" + _table(header, rows) if rows else ""
 

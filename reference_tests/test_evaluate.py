@@ -73,9 +73,9 @@ def test_the_embedded_world_is_tested_on_its_groups_of_prompts_in_all_categories
     run = run_of(tmp_path / "run", SEEN[:6], seed=0)
     items = test_items(run, settings_of(run, test_images=80))
     parts = {name: [p.text for p in part] for name, part in zip(NAMES, split(SHAPES)) if part}
-    share = 80 // len(parts)
-    assert Counter(item.groups[1] for item in items) == dict.fromkeys(parts, share)
-    assert set(Counter(item.groups for item in items).values()) <= {share // 4, share // 4 + 1}
+    quota = 80 // len(parts)
+    assert Counter(item.groups[1] for item in items) == dict.fromkeys(parts, quota)
+    assert set(Counter(item.groups for item in items).values()) <= {quota // 4, quota // 4 + 1}
     assert {item.groups[0] for item in items} == set(CATEGORIES)
     assert all(item.prompt in parts[item.groups[1]] for item in items)
     assert all(parse(item.prompt, SHAPES).category in item.groups for item in items)
@@ -84,7 +84,7 @@ def test_the_embedded_world_is_tested_on_its_groups_of_prompts_in_all_categories
     rng, kinds = random.Random(0), {name: [parse(text, SHAPES).category for text in parts[name]] for name in parts}
     spread(parts["seen"], kinds["seen"], 2560, rng)
     assert [item.prompt for item in items] == [
-        text for name, part in parts.items() for text in spread(part, kinds[name], share, rng)
+        text for name, part in parts.items() for text in spread(part, kinds[name], quota, rng)
     ]
     other = test_items(run_of(tmp_path / "1", SEEN[:0], seed=1), defaults(True) | {"seed": 1})
     assert not {item.seed for item in other} & {item.seed for item in items}
