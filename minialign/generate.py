@@ -216,7 +216,7 @@ def main() -> None:
             return load_model(run, flags, device)
 
         load()
-        settings = run.resolve(flags, embedded=bool(run.world))
+        settings = run.resolve(flags, bundled=bool(run.world))
         settings |= per_prompt(run, settings, flags)
         prompts = planned(settings, run.world)
         check_sampling(load(), settings, prompts)

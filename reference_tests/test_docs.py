@@ -491,7 +491,7 @@ def test_the_table_of_settings_is_the_programs():
 
     rows = re.findall(r"^\| (`--.*) \|$", sections(FORMATS)["settings"], re.M)
     expected = [
-        (f"`{one.flag}`", *map(cell, (one.embedded, one.own, RECIPES["paper"].get(one.name))), ", ".join(one.stages),
+        (f"`{one.flag}`", *map(cell, (one.bundled, one.own, RECIPES["paper"].get(one.name))), ", ".join(one.stages),
          one.about, "yes" * one.free)
         for one in SETTINGS
     ]  # fmt: skip

@@ -65,7 +65,7 @@ def run_of(folder: Path, texts: list[str], world: str = "shapes", **settings) ->
 
 
 def settings_of(run: Run, **more) -> dict:
-    return run.resolve({"sampling_steps": 1, "guidance": 1.0} | more, embedded=bool(run.world))
+    return run.resolve({"sampling_steps": 1, "guidance": 1.0} | more, bundled=bool(run.world))
 
 
 # ------------------------------------------------------------------------------------------------ what is asked

@@ -46,7 +46,7 @@ class Setting:
 
     name: str
     stages: tuple[str, ...]
-    embedded: Any
+    bundled: Any
     own: Any
     kind: Callable[[str], Any] | tuple[str, ...]
     about: str
@@ -58,17 +58,17 @@ class Setting:
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
 
-    def default(self, embedded: bool) -> Any:
-        return self.embedded if embedded else self.own
+    def default(self, bundled: bool) -> Any:
+        return self.bundled if bundled else self.own
 
     @property
     def help(self) -> str:
         """The line of --help: what the setting is, and its defaults that are not None."""
-        embedded, own = (_shown(value) for value in (self.embedded, self.own))
-        if self.embedded == self.own:
+        bundled, own = (_shown(value) for value in (self.bundled, self.own))
+        if self.bundled == self.own:
             default = f" (default: {own})" if self.own is not None else ""
         else:
-            default = f" (default: {embedded}; with --model: {own})"
+            default = f" (default: {bundled}; with --model: {own})"
         return (self.about + default).replace("%", "%%")
 
 
@@ -237,7 +237,7 @@ def add_flags(
         elif isinstance(setting.kind, tuple):
             group.add_argument(setting.flag, choices=setting.kind, help=setting.help)
         else:
-            default = setting.embedded if setting.own is None else setting.own
+            default = setting.bundled if setting.own is None else setting.own
             count = isinstance(default, int) or setting.name.endswith("per_prompt")
             flags = (setting.flag, *(spellings or {}).get(setting.name, ()))
             metavar = "N" if count else setting.name.upper().split("_")[-1]
@@ -276,12 +276,12 @@ def given(arguments: argparse.Namespace, *stages: str) -> dict[str, Any]:
     return values
 
 
-def command(settings: Mapping[str, Any], embedded: bool, folder: Any = None) -> list[str]:
+def command(settings: Mapping[str, Any], bundled: bool, folder: Any = None) -> list[str]:
     """The words of the command of the main job with these settings: flags alone that differ from the defaults."""
     words = ["python", "-m", "minialign.finetune"] + ([str(folder)] if folder is not None else [])
     for setting in SETTINGS:
-        value = settings.get(setting.name, setting.default(embedded))
-        if value == setting.default(embedded) or value is None:
+        value = settings.get(setting.name, setting.default(bundled))
+        if value == setting.default(bundled) or value is None:
             continue
         if setting.kind is switch:
             words.append(setting.flag if value else f"--no-{setting.flag[2:]}")
@@ -290,6 +290,6 @@ def command(settings: Mapping[str, Any], embedded: bool, folder: Any = None) -> 
     return words
 
 
-def shown(words: Sequence[str]) -> str:
+def as_shell(words: Sequence[str]) -> str:
     """The words of a command as a shell reads them."""
     return shlex.join(words)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..engine.commands import Parser, run_command
 from ..engine.processes import pick_device, say
-from ..engine.run import counts, is_run, opened
+from ..engine.run import changes_result, is_run, opened
 from ..engine.settings import BY_NAME, add_flags, add_run_flags, given
 from ..files import InputError, read_json
 from ..pages.cards import comparison
@@ -45,11 +45,11 @@ def main() -> None:
         raise InputError("--clip: the reward model of --reward names its own; accepted without --reward")
     flags = given(args, "evaluate")  # its --prompts are those of the test
     with opened(args.run) as run:
-        settings = run.resolve(flags, embedded=bool(run.world))
+        settings = run.resolve(flags, bundled=bool(run.world))
         for note in outdated_stages(run):
             say(f"note: {note} (python -m minialign.finetune {run.folder} --redo)")
         # other settings than the run's make a comparison beside its evaluation, unless this is to be done again
-        changed = {key for key, value in flags.items() if run.settings.get(key, value) != value and counts(key)}
+        changed = {key for key, value in flags.items() if run.settings.get(key, value) != value and changes_result(key)}
         redone = args.redo and all(BY_NAME[key].stages == ("evaluate",) for key in changed)
         if args.models or args.prompts or args.reward or args.reference or (changed and not redone):
             name = compare_models(

@@ -70,7 +70,7 @@ def main_job(
         return load_model(run, flags, device)
 
     load()
-    settings = run.resolve(flags, embedded=bool(run.world), recipe=recipe)
+    settings = run.resolve(flags, bundled=bool(run.world), recipe=recipe)
     check_settings(settings, flags)
     if flags.get("prompts") is not None:
         planned(settings | per_prompt(run, settings, flags), run.world)  # a mistake is reported before it is remembered
@@ -108,7 +108,7 @@ def collect(
         import_run(run, feedback, redo, reading)
         return
     learned = any(term.what == LEARNED for term in read_terms(settings["reward"], run.folder))
-    images, labels = gathered(counted(run.folder) if is_main_process() else (0, 0))[0]
+    images, labels = gathered(count_feedback(run.folder) if is_main_process() else (0, 0))[0]
     if "generate" in run.stages or not images:
         if run.world != WORLD and not images:
             raise InputError(
@@ -158,7 +158,7 @@ def stored_prompts(folder: Path) -> list[str]:
     return stored_images(folder)[1] if (folder / "feedback.sqlite").is_file() else []
 
 
-def counted(folder: Path) -> tuple[int, int]:
+def count_feedback(folder: Path) -> tuple[int, int]:
     """The numbers of images in a run, and of labelled images and comparisons."""
     if not (folder / "feedback.sqlite").is_file():
         return 0, 0

@@ -168,7 +168,7 @@ def annotate(args: argparse.Namespace) -> None:
     if not is_run(args.run):
         raise InputError(f"{args.run}: not a run; accepted: a run of generate")
     with opened(args.run) as run:
-        annotate_run(run, run.resolve(given(args), embedded=True), args.redo)
+        annotate_run(run, run.resolve(given(args), bundled=True), args.redo)
     print("\n".join(summary(args.run)))
 
 

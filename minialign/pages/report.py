@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..engine.settings import command, shown
+from ..engine.settings import as_shell, command
 from ..files import atomic, read_json
 from ..measures import wilson_interval
 from ..prompts import CATEGORIES
@@ -563,10 +563,10 @@ pipe.generate(["a prompt"])[0].save("image.png")"""
 
 def _settings(run: Path, config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """The command that does the same again, and all settings."""
-    embedded = bool(config.get("world"))
-    words = re.sub(r"(?<= )--[a-z-]+", r"<span>\g<0></span>", escape(shown(command(settings, embedded, run))))
+    bundled = bool(config.get("world"))
+    words = re.sub(r"(?<= )--[a-z-]+", r"<span>\g<0></span>", escape(as_shell(command(settings, bundled, run))))
     note = "Settings that are not named have their defaults. This folder is finished: name another to repeat the run."
-    if not embedded:
+    if not bundled:
         note += " Add --feedback FILE with the labels (python -m minialign.label with --export FILE writes them)."
     rows = _flat({**config, "settings": settings})
     facts = "".join(

@@ -42,7 +42,7 @@ def main() -> None:
         check_place(args.export)  # a mistake is reported before all work
     with opened(args.run) as run:
         flags = given(args)
-        settings = run.resolve(flags, embedded=bool(run.world))
+        settings = run.resolve(flags, bundled=bool(run.world))
         check_terms(read_terms(settings["reward"], args.run), named="reward" in flags)
         learn_from_run(run, settings, device, args.redo)
         if args.curve:
