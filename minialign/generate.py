@@ -24,7 +24,7 @@ from .engine.commands import Parser, run_command
 from .engine.optimising import progress
 from .engine.processes import barrier, is_main_process, pick_device, processes
 from .engine.run import Run, digest, opened
-from .engine.settings import NOISES, add_flags, add_run_flags, given, of_stage
+from .engine.settings import NOISES, add_run_flags, given, of_stage
 from .feedback import FeedbackStore, read_prompts
 from .files import InputError, atomic
 from .pipeline import Pipeline, cut_warning
@@ -194,8 +194,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = Parser(prog="python -m minialign.generate", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="the run's folder")
     parser.add_argument("--out", type=Path, metavar="RUN", help="another way to give the run's folder")
-    add_run_flags(parser)
-    add_flags(parser, "generate", spellings={"sampling_batch_size": ["--batch-size"]})
+    add_run_flags(parser, "generate", spellings={"sampling_batch_size": ["--batch-size"]})
     return parser.parse_args(arguments)
 
 

@@ -450,6 +450,8 @@ def test_the_command_compares_pipelines(drawn, tmp_path, monkeypatch, capsys, re
     assert all(value is not None for key in ("frechet", "cmmd", "diversity") for value in found[key].values())
     assert all(one["fine-tuned"]["gain_ci95"] is not None for one in found["picture"].values())
     assert "fine-tuned over base: " in out and "CMMD (lower" in out and (run / "report.html").exists()
+    folders = " or ".join(str(run / one["images"]) for one in found["models"].values())
+    assert f"label these images: python -m minialign.label FOLDER, where FOLDER is {folders}\n" in out
     assert results_of(run)["counts"] == {"images": 4, "labels": 0, "evaluated": 6}
     assert all((run / path).exists() for sample in found["samples"] for path in sample["images"].values())
     pytest.importorskip("matplotlib")

@@ -417,7 +417,7 @@ def test_nothing_outside_the_run_is_shown(run, tmp_path):
             "/image/99",
         ):
             assert ask(port, path)[0] == 404, path
-    with served(LabelBook(FeedbackStore(run), [secret.parent])) as port:  # --images
+    with served(LabelBook(FeedbackStore(run), [secret.parent])) as port:  # --image-folder
         assert [ask(port, f"/image/{13 + i}")[0] for i in range(4)] == [200] * 4
 
 
@@ -649,8 +649,9 @@ def test_help_is_in_groups(capsys):
         label.parse_arguments(["--help"])
     groups = dict(part.split(":\n", 1) for part in capsys.readouterr().out.split("\n\n")[2:] if ":\n" in part)
     told = {title: re.findall(r"^  (?:-h, )?(--[\w-]+)", lines, re.M) for title, lines in groups.items()}
-    assert told["run"] == ["--help", "--out", "--redo", "--device"]
-    assert told["labelling"] == ["--labeller", "--guide", "--labels-per-image", "--images"]
+    assert told["run"] == ["--help", "--out"]
+    assert told["with --annotator"] == ["--seed", "--labels", "--redo"] and "hardware" not in told  # and no --device
+    assert told["labelling"] == ["--labeller", "--guide", "--labels-per-image", "--image-folder"]
     assert told["comparison"] == ["--compare", "--sets"]
     assert told["server"] == ["--port", "--host", "--origin", "--token-file", "--no-browser"]
     assert told["in place of the page"] == ["--export", "--import", "--annotator", "--summary"]
@@ -680,7 +681,8 @@ def test_errors_of_the_command_are_one_line(run, tmp_path, monkeypatch, capsys):
         ((run, "--labeller", " "), "accepted: a name of 1 to 64 characters"),
         ((run, "--compare", tmp_path / "none"), "--compare"),
         ((run, "--compare", empty), "its store holds no image of a prompt that is in"),
-        ((run, "--images", tmp_path / "none"), "not a folder"),
+        ((run, "--image-folder", tmp_path / "none"), "not a folder"),
+        ((run, "--images", tmp_path / "none"), "--image-folder"),  # its older name
         ((run, "--export", tmp_path / "labels.txt"), "accepted: a name that ends in .csv, .tsv or .jsonl"),
         ((run, "--import", tmp_path / "labels.csv"), "labels.csv: cannot be read"),
         ((run, "--export", "a.csv", "--summary"), "not allowed with"),

@@ -72,7 +72,8 @@ def test_what_a_stage_was_made_from_decides_whether_it_is_out_of_date(tmp_path):
         with pytest.raises(InputError) as error:
             do(Run(tmp_path), **begun | given)
         assert str(error.value) == (
-            f"{tmp_path}: stage reward is out of date: {told}; --redo does it again, and what follows from it"
+            f"{tmp_path}: stage reward is out of date: {told}; --redo does it again; `finetune RUN --redo` also redoes "
+            "the later stages"
         )
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert not do(Run(tmp_path), **begun, clip="renamed")  # its content counts, which `inputs` says

@@ -11,7 +11,6 @@ from minialign.engine.settings import (
     RECIPES,
     SETTINGS,
     STAGES,
-    add_flags,
     add_run_flags,
     as_shell,
     command,
@@ -25,8 +24,7 @@ from minialign.finetune.__main__ import parse_arguments
 
 def parser(*stages: str, without: tuple[str, ...] = ()) -> Parser:
     made = Parser(prog="command")
-    add_run_flags(made)
-    add_flags(made, *(stages or STAGES), without=without)
+    add_run_flags(made, *(stages or STAGES), without=without)
     return made
 
 
@@ -81,8 +79,10 @@ def test_help_lines_of_both_worlds():
     assert BY_NAME["images"].help.endswith("(default: 2560; with --model: none)")
     assert BY_NAME["seed"].help == "random seed of every stage (default: 0)"
     assert BY_NAME["compile"].help.endswith("(default: false)") and "(default" not in BY_NAME["pretrain"].help
-    titles = [group.title for group in parser()._action_groups[2:]]
-    assert titles == list(dict.fromkeys(titles))  # each once
+    for groups in (parser()._action_groups[2:], parser("reward")._action_groups[2:]):
+        titles = [group.title for group in groups]
+        assert titles == list(dict.fromkeys(titles)) and titles[-1] == "hardware"  # each once
+        assert "--device" in groups[-1]._group_actions[-1].option_strings
 
 
 def test_what_is_not_given_is_not_there():

@@ -55,7 +55,7 @@ OTHER_OUTPUTS = (  # of no single stage: images of comparisons, caches, logs; at
     "config.json",
 )  # fmt: skip
 FOLDERS = ("cache", "checkpoints", "images", "reward", "compare", "model", "validation")  # in which a run writes
-REDO = "--redo does it again, and what follows from it"
+REDO = "--redo does it again; `finetune RUN --redo` also redoes the later stages"
 
 
 class Busy(InputError):

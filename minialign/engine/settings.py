@@ -220,18 +220,19 @@ def add_flags(
     *stages: str,
     without: Iterable[str] = (),
     spellings: Mapping[str, Sequence[str]] | None = None,
-) -> None:
-    """Add the flags of the stages' settings to a parser, in groups; what is not given is None.
+    title: str = "",
+) -> dict[str, Any]:
+    """Add the flags of the stages' settings to a parser; what is not given is None. Returns their groups by title.
 
-    without: settings that get no flag. spellings: more flags that give a numeric setting, by its name.
+    without: settings that get no flag. spellings: more flags that give a numeric setting, by its name. title: of one
+    group for all flags, in place of a group for each stage.
     """
     groups: dict[str, Any] = {}
     for setting in of_stage(*stages):
         if setting.name in without:
             continue
         stage = next(stage for stage in setting.stages if stage in stages)
-        title = TITLES[setting.group or stage]
-        group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
+        group = _group(parser, groups, title or TITLES[setting.group or stage])
         if setting.kind is switch:
             group.add_argument(setting.flag, action=argparse.BooleanOptionalAction, default=None, help=setting.help)
         elif isinstance(setting.kind, tuple):
@@ -243,6 +244,13 @@ def add_flags(
             metavar = "N" if count else setting.name.upper().split("_")[-1]
             action = Once if setting.kind is reward_terms else "store"
             group.add_argument(*flags, type=setting.kind, metavar=metavar, help=setting.help, action=action)
+    return groups
+
+
+def _group(parser: argparse.ArgumentParser, groups: dict[str, Any], title: str) -> Any:
+    if title not in groups:
+        groups[title] = parser.add_argument_group(title)
+    return groups[title]
 
 
 class Once(argparse.Action):
@@ -254,12 +262,18 @@ class Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that every command on a run has."""
-    redo = "repeat the stages that are out of date, and those after them"
+def add_redo(parser: Any) -> None:
+    """Add --redo to a parser or to a group of one."""
+    redo = "repeat this stage if it is out of date (finetune: later stages too)"
     parser.add_argument("--redo", action="store_true", help=redo)
+
+
+def add_run_flags(parser: argparse.ArgumentParser, *stages: str, **how: Any) -> None:
+    """Add the flags of a command on a run: --redo, its stages' settings by `add_flags(..., **how)`, --device."""
+    add_redo(parser)
+    hardware = _group(parser, add_flags(parser, *stages, **how), TITLES["hardware"])
     devices = "cpu, cuda, cuda:1, mps ... (default: cuda where there is one, else cpu)"
-    parser.add_argument("--device", default="auto", help=devices)
+    hardware.add_argument("--device", default="auto", help=devices)
 
 
 def given(arguments: argparse.Namespace, *stages: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..engine.commands import Parser, run_command
 from ..engine.processes import pick_device
 from ..engine.run import is_run, opened
-from ..engine.settings import add_flags, add_run_flags, given
+from ..engine.settings import add_run_flags, given
 from ..files import InputError
 from ..models.clip import CLIP
 from ..pages.cards import curve_table, reward_table
@@ -28,8 +28,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     written = "write each image's reward and weight for other trainers: a table (.csv, .tsv, .jsonl), or a folder"
     parser.add_argument("--export", type=Path, metavar="FILE", help=written)
     parser.add_argument("--curve", action="store_true", help="measure how the reward model improves with more labels")
-    add_run_flags(parser)
-    add_flags(parser, "reward")
+    add_run_flags(parser, "reward")
     return parser.parse_args(arguments)
 
 
