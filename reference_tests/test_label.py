@@ -1266,8 +1266,23 @@ def test_zoom_names_and_keyboards(browser, run, tmp_path):
             key("b", "KeyB")
         wait(browser, "return !$('end').hidden && document.querySelectorAll('#summary li').length === 2")
         assert browser.execute_script("return $('total').textContent").startswith(
-            "ann  of the hill, you have labelled all 12"
+            "ann  of the hill, you have labelled all 12 images."
         )
+
+
+@pytest.mark.slow
+def test_the_last_page_says_how_much_is_done(browser, tmp_path):
+    for images, enough, said in (
+        (1, None, "you have labelled the only image."),
+        (3, None, "you have labelled all 3 images."),
+        (3, 1, "every image has 1 verdict now; you labelled 3 of them."),
+    ):
+        book = LabelBook(FeedbackStore(make_run(tmp_path / said, {"a cat": images})), enough=enough)
+        with served(book, labeller="Ann") as port:
+            browser.get(f"http://127.0.0.1:{port}/?token={TOKEN}")
+            press(browser, *"g" * images)
+            wait(browser, "return !$('end').hidden")
+            assert browser.execute_script("return $('total').textContent") == f"Ann, {said}"
 
 
 @pytest.mark.slow
