@@ -244,7 +244,7 @@ def image_pairs(images: Sequence[Image.Image], captions: Sequence[str]) -> list[
 def read_pairs(source: str, skipped: Skipped, seed: int = 0) -> Iterator[Pair]:
     """Stream the pairs of a source in an order that stays; no image is decoded before its `open()`.
 
-    source: a folder, searched to the bottom through its links, each of its folders with a metadata.jsonl or
+    source: a folder, searched recursively through its links, each of its folders with a metadata.jsonl or
     metadata.csv (the hub's imagefolder convention: rows of file_name, relative to that folder, and text) or with a
     caption beside each image; or WebDataset's tar shards by path or glob, in the order of their names: members whose
     names agree up to the first dot of the last name belong together. Captions: `TEXTS`, `KEYS`; of a list of captions
