@@ -111,10 +111,10 @@ def compare(
     benchmark.group = work
     benchmark.pedantic(mine, setup=lambda: seconds.append(timed(other, clock)), rounds=rounds)
     own = benchmark.stats.stats.data if benchmark.stats else []  # there are none under --benchmark-disable
-    found = benchmark.extra_info
-    found |= {"work": work, "goal": goal, "times": times}
-    found["pairs"] = [[a, b] if side == "minialign" else [b, a] for a, b in zip(own, seconds)]
+    measured = benchmark.extra_info
+    measured |= {"work": work, "goal": goal, "times": times}
+    measured["pairs"] = [[a, b] if side == "minialign" else [b, a] for a, b in zip(own, seconds)]
     if counted and side == "minialign":
-        found["counts"] = {"minialign": count(ours)._asdict(), "peer": count(theirs)._asdict()}
-        found |= {"memory_goal": memory_goal, "limits": limit()}
-    return found
+        measured["counts"] = {"minialign": count(ours)._asdict(), "peer": count(theirs)._asdict()}
+        measured |= {"memory_goal": memory_goal, "limits": limit()}
+    return measured

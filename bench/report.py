@@ -55,13 +55,13 @@ def works(entries: Iterable[dict[str, Any]]) -> Works:
     Each has "ratios", of the peer's time to ours, one a pair; "ours" and "theirs", the median seconds; and what
     `pairs.compare` kept.
     """
-    found: Works = {}
+    measured: Works = {}
     for info in (entry["extra_info"] for entry in entries if entry["extra_info"].get("pairs")):
-        work = found.setdefault(info["work"], {"pairs": []})
+        work = measured.setdefault(info["work"], {"pairs": []})
         pairs = work["pairs"] + info["pairs"]
         work |= info | {"pairs": pairs, "ratios": [info["times"] * b / a for a, b in pairs]}
         work["ours"], work["theirs"] = (statistics.median(side) for side in zip(*pairs))
-    return found
+    return measured
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -169,9 +169,9 @@ def _changed(work: str, old: Sequence[float], new: Sequence[float], shown: Calla
 def section(runs: Sequence[dict[str, Any]]) -> str:
     """The section of a machine from runs that measured different things; of what several measured the last counts."""
     info, entries = runs[-1]["machine_info"], {entry["fullname"]: entry for run in runs for entry in run["benchmarks"]}
-    found, others = works(entries.values()), [entry["extra_info"] for entry in entries.values()]
+    measured, others = works(entries.values()), [entry["extra_info"] for entry in entries.values()]
     parts = [f"{TITLE}{machine(info)}", _details(info, runs[-1].get("datetime", "")[:10])]
-    parts += [_ratios(found), _memory(found), _limits(found), _alone(entries.values()), _notes(others)]
+    parts += [_ratios(measured), _memory(measured), _limits(measured), _alone(entries.values()), _notes(others)]
     sweeps = [other for other in others if "sweep" in other]
     if sweeps:
         _plot(sweeps, DOCS / "scaling.png")
@@ -217,9 +217,9 @@ def against_goal(value: float, goal: float | None, most: bool = False) -> str:
     return f"{goal} {'met' if (value <= goal if most else value >= goal) else 'missed'}"
 
 
-def _ratios(found: Works) -> str:
+def _ratios(measured: Works) -> str:
     rows = []
-    for name, work in found.items():
+    for name, work in measured.items():
         low, ratio, high = statistics.quantiles(work["ratios"], n=4)
         shown = f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
         ends = "–".join(f"{value:.2f}" for value in (low, high))
@@ -229,9 +229,9 @@ def _ratios(found: Works) -> str:
     return "### Time beside a peer\n\n" + _table(header, rows) if rows else ""
 
 
-def _memory(found: Works) -> str:
+def _memory(measured: Works) -> str:
     rows = []
-    for name, work in found.items():
+    for name, work in measured.items():
         if "counts" in work:
             mine, peer = (work["counts"][side]["peak"] for side in ("minialign", "peer"))
             goal = against_goal(mine / peer, work["memory_goal"], most=True)
@@ -240,17 +240,17 @@ def _memory(found: Works) -> str:
     return "### Peak memory\n\n" + _table(header, rows) if rows else ""
 
 
-def _limits(found: Works) -> str:
+def _limits(measured: Works) -> str:
     """What the device's rates would need for the counted work, as a fraction of what was needed."""
     rows = []
-    for name, work in found.items():
+    for name, work in measured.items():
         if "counts" in work:
             sides = [(work["counts"][side], work[key]) for side, key in (("minialign", "ours"), ("peer", "theirs"))]
             limit = work["limits"]
-            shares = [counts["flops"] / limit["flops"] / seconds for counts, seconds in sides]
-            shares += [counts["moved"] / limit["bytes"] / seconds for counts, seconds in sides]
+            fractions = [counts["flops"] / limit["flops"] / seconds for counts, seconds in sides]
+            fractions += [counts["moved"] / limit["bytes"] / seconds for counts, seconds in sides]
             operations = [f"{counts['operations']:,}" for counts, _ in sides]
-            rows.append([name, *(f"{share:.0%}" for share in shares), *operations])
+            rows.append([name, *(f"{fraction:.0%}" for fraction in fractions), *operations])
     header = ["work", "matmul rate: minialign", "peer", "copy rate: minialign", "peer", "operations: minialign", "peer"]
     return "### Fraction of the device's limits\n\n" + _table(header, rows) if rows else ""
 
@@ -268,8 +268,8 @@ def _alone(entries: Iterable[dict[str, Any]]) -> str:
     return "### Time of what has no peer\n\n" + _table(header, rows) if rows else ""
 
 
-def _notes(found: Iterable[dict[str, Any]]) -> str:
-    return "\n".join(f"- {info['work']}: {info['note']}." for info in found if "note" in info)
+def _notes(measured: Iterable[dict[str, Any]]) -> str:
+    return "\n".join(f"- {info['work']}: {info['note']}." for info in measured if "note" in info)
 
 
 def _slope(x: list[float], y: list[float]) -> float:

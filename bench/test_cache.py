@@ -29,25 +29,25 @@ def resident():
     status = Path("/proc/self/status").read_text()
     return {key: int(status.split(key + ":")[1].split()[0]) * 1024 for key in ("RssAnon", "VmRSS")}
 
-found = {"resident before": resident()}
+measured = {"resident before": resident()}
 begin = time.perf_counter()
 cache = Cache(Path(sys.argv[1]))
-found["open"] = time.perf_counter() - begin
-found["resident after opening"] = resident()
+measured["open"] = time.perf_counter() - begin
+measured["resident after opening"] = resident()
 keys = np.fromfile(sys.argv[2], KEY)
 begin = time.perf_counter()
 rows = cache.rows("mean", keys)
-found["rows"] = time.perf_counter() - begin
-found["resident with rows"] = resident()
+measured["rows"] = time.perf_counter() - begin
+measured["resident with rows"] = resident()
 times = []
 for _ in range(min(2000, 2 * len(rows) // 64)):  # most of the entries, some several times
     index = torch.randint(len(rows), (64,))
     begin = time.perf_counter()
     rows[index]
     times.append(time.perf_counter() - begin)
-found["gather 64"] = statistics.median(times)
-found["resident after gathering"] = resident()
-print(json.dumps(found))
+measured["gather 64"] = statistics.median(times)
+measured["resident after gathering"] = resident()
+print(json.dumps(measured))
 """
 
 
@@ -67,15 +67,15 @@ def test_cache(benchmark, tmp_path, work):
             keys += some
     (tmp_path / "keys").write_bytes(b"".join(keys[i] for i in rng.permutation(entries)))
     command = [sys.executable, "-c", MEASURE, str(tmp_path), str(tmp_path / "keys")]
-    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     sizes = "; ".join(
-        f"{key[9:]} {value['VmRSS'] / 2**20:.0f} MiB, {value['RssAnon'] / 2**20:.0f} of it its own"
-        for key, value in found.items()
+        f"{key[9:]} {value['VmRSS'] / 2**20:.0f} MiB, {value['RssAnon'] / 2**20:.0f} MiB private"
+        for key, value in measured.items()
         if key.startswith("resident")
     )
-    benchmark.extra_info |= found | {
+    benchmark.extra_info |= measured | {
         "work": f"the cache of latents and contexts, {work} in {shards} shards",
-        "note": f"opened in {found['open']:.2f} s, all keys found in {found['rows']:.2f} s, 64 rows of one read in "
-        f"{1000 * found['gather 64']:.1f} ms; resident: {sizes}",
+        "note": f"opened in {measured['open']:.2f} s, all keys found in {measured['rows']:.2f} s, 64 rows of one "
+        f"read in {1000 * measured['gather 64']:.1f} ms; resident: {sizes}",
     }
     benchmark.pedantic(cache.Cache, args=(tmp_path,), rounds=5)

@@ -110,7 +110,7 @@ def test_store_with_three_labels_an_image(benchmark, tmp_path):
     for images in (10_000, 100_000, 1_000_000):
         build(tmp_path / str(images), images)
         points[images] = measure(tmp_path / str(images), images)
-    keep(benchmark, "the store and the labelling page", "images in the store, three labels each", points)
+    keep(benchmark, "the store and the label page", "images in the store, three labels each", points)
     store = FeedbackStore(tmp_path / "100000")
     benchmark.pedantic(store.images, rounds=5)
     store.close()

@@ -81,11 +81,11 @@ from pairs import unet
 from minialign import NoiseSchedule
 from minialign.finetune import step_loss
 torch.set_num_threads(1)
-rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 dist.init_process_group("gloo")
 network = DistributedDataParallel(unet())
 optimizer = torch.optim.AdamW(network.parameters(), 1e-5, fused=True)
-batch = 4 // world
+batch = 4 // size
 latents, noise = torch.randn(2, batch, 4, 32, 32)
 context, t, schedule = torch.randn(batch, 77, 768), torch.full((batch,), 500), NoiseSchedule.from_config({})
 times = []
@@ -103,15 +103,15 @@ dist.destroy_process_group()
 """
 
 
-def run_workers(world):
-    """Seconds of a step in `world` processes, the median of four."""
+def run_workers(processes):
+    """Seconds of a step in `processes` processes, the median of four."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
+    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
     how = {"cwd": os.path.dirname(__file__), "stdout": subprocess.PIPE}
     command = [sys.executable, "-c", WORKER]
-    workers = [subprocess.Popen(command, env=common | {"RANK": str(rank)}, **how) for rank in range(world)]
+    workers = [subprocess.Popen(command, env=common | {"RANK": str(rank)}, **how) for rank in range(processes)]
     printed = [worker.communicate(timeout=300)[0] for worker in workers]
     assert all(worker.returncode == 0 for worker in workers)
     return float(printed[0])
@@ -120,7 +120,9 @@ def run_workers(world):
 @pytest.mark.usefixtures("host")
 def test_processes(benchmark):
     """A whole step of a global batch of 4, one thread a process, gradients averaged by gloo; one and two in turn."""
-    found = {1: [], 2: []}
-    benchmark.pedantic(lambda: found[2].append(run_workers(2)), setup=lambda: found[1].append(run_workers(1)), rounds=5)
-    points = {world: {"minialign": statistics.median(times)} for world, times in found.items()}
+    measured = {1: [], 2: []}
+    benchmark.pedantic(
+        lambda: measured[2].append(run_workers(2)), setup=lambda: measured[1].append(run_workers(1)), rounds=5
+    )
+    points = {processes: {"minialign": statistics.median(times)} for processes, times in measured.items()}
     keep(benchmark, "a fine-tuning step by processes", "processes, one thread each", points)

@@ -53,7 +53,7 @@ def test_norm_silu_conv(compare, backward, device):
     def plain():
         backward(lambda x: conv(F.silu(norm(x))), x)
 
-    compare("norm, SiLU, convolution that keep their input alone", mine, plain, rounds=ROUNDS)
+    compare("norm, SiLU and convolution with only the input kept for the backward pass", mine, plain, rounds=ROUNDS)
 
 
 def test_feed_forward(compare, backward, device):
@@ -66,4 +66,4 @@ def test_feed_forward(compare, backward, device):
         return ff.net[2](hidden * F.gelu(gate))
 
     calls = (lambda: backward(lambda x: ff(x, norm), x)), (lambda: backward(plain, x))
-    compare("gated feed-forward that keeps its products' inputs alone", *calls, rounds=ROUNDS)
+    compare("gated feed-forward with only its products' inputs kept for the backward pass", *calls, rounds=ROUNDS)

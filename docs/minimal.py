@@ -67,15 +67,16 @@ with torch.no_grad():
     text = clip.encode_text(clip.tokenizer(texts))  # (P,E)
 image = embed(images)  # (N,E)
 own = torch.tensor([texts.index(prompt) for prompt in prompts])  # (N,) each image's prompt among the texts
-judged = own[labelled].unique()  # the prompts that have labels
+labelled_prompts = own[labelled].unique()  # the prompts that have labels
 reward = RewardModel({"width": clip.width, "hidden": 512})
 optimizer = torch.optim.AdamW(reward.parameters(), lr=3e-4, weight_decay=1e-2)
 LAMBDA, T, CONTRASTIVE = 0.5, 0.5, 7  # the paper: lambda 0.5, T 2
 for _ in range(800):
     rows = torch.randint(len(y), (64,))
     x, label, z = image[labelled[rows]], y[rows], own[labelled[rows]][:, None]
-    others = 1 + torch.randint(len(judged) - 1, (64, CONTRASTIVE))  # other prompts that have labels, never the same
-    z = torch.cat([z, judged[(torch.searchsorted(judged, z) + others) % len(judged)]], dim=1)  # (64,8)
+    others = 1 + torch.randint(len(labelled_prompts) - 1, (64, CONTRASTIVE))  # that have labels, never the same
+    place = (torch.searchsorted(labelled_prompts, z) + others) % len(labelled_prompts)
+    z = torch.cat([z, labelled_prompts[place]], dim=1)  # (64,8)
     r = reward(x[:, None].expand(-1, z.shape[1], -1), text[z])  # (64,8)
     l_mse = (label - r[:, 0]).square().mean()
     entropy = -F.log_softmax(r / T, dim=1)[:, 0]

@@ -24,7 +24,7 @@ from .engine.commands import Parser, run_command
 from .engine.optimising import progress
 from .engine.processes import barrier, is_main_process, pick_device, processes
 from .engine.run import Run, digest, opened
-from .engine.settings import NOISES, add_flags, add_run_flags, given, of_stage
+from .engine.settings import NOISES, add_run_flags, given, of_stage
 from .feedback import FeedbackStore, read_prompts
 from .files import InputError, atomic
 from .pipeline import Pipeline, cut_warning
@@ -66,19 +66,19 @@ def sample_to_folder(
     guidance: float,
     batch: int,
     title: str = "generate",
-    share: tuple[int, int] = (0, 1),
+    process: tuple[int, int] = (0, 1),
     finished: Callable[[range], None] = lambda rows: None,
 ) -> list[Path]:
     """Generate the images of (prompt, seed) items as folder/000000.png and so on; existing batches are kept.
 
     A batch with a missing image is generated again, all of it, because the last bits of the results can depend on the
-    batch size. share (k, n): every n-th batch from the k-th on, for process k of n. `finished` is called with the rows
-    of each of these batches as soon as its images are on disk.
+    batch size. process (k, n): every n-th batch from the k-th on, for process k of n. `finished` is called with the
+    rows of each of these batches as soon as its images are on disk.
     """
     paths = [folder / f"{i:06d}.png" for i in range(len(items))]
     batches = [range(start, min(start + batch, len(items))) for start in range(0, len(items), batch)]
     todo = []
-    for rows in batches[share[0] :: share[1]]:
+    for rows in batches[process[0] :: process[1]]:
         if all(paths[i].exists() for i in rows):
             finished(rows)
         else:
@@ -183,7 +183,7 @@ def generate_images(
             single = processes()[1] == 1  # then people can label the first images while the others are generated
             finished = add if single else lambda rows: None
             sample_to_folder(
-                load(), items, run.folder / "images", **sampling(settings), share=processes(), finished=finished
+                load(), items, run.folder / "images", **sampling(settings), process=processes(), finished=finished
             )
             barrier()
             if is_main_process() and not single:
@@ -194,8 +194,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = Parser(prog="python -m minialign.generate", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="the run's folder")
     parser.add_argument("--out", type=Path, metavar="RUN", help="another way to give the run's folder")
-    add_run_flags(parser)
-    add_flags(parser, "generate", spellings={"sampling_batch_size": ["--batch-size"]})
+    add_run_flags(parser, "generate", spellings={"sampling_batch_size": ["--batch-size"]})
     return parser.parse_args(arguments)
 
 
@@ -216,7 +215,7 @@ def main() -> None:
             return load_model(run, flags, device)
 
         load()
-        settings = run.resolve(flags, embedded=bool(run.world))
+        settings = run.resolve(flags, bundled=bool(run.world))
         settings |= per_prompt(run, settings, flags)
         prompts = planned(settings, run.world)
         check_sampling(load(), settings, prompts)

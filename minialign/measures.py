@@ -262,8 +262,8 @@ def cohen_kappa(table: np.ndarray) -> float | None:
 
     p_o is the fraction said alike, p_e what independent labellers with the same habits would reach; None where it is 1.
     """
-    share = table / table.sum()
-    observed, expected = share.trace(), float(share.sum(0) @ share.sum(1))
+    joint = table / table.sum()
+    observed, expected = joint.trace(), float(joint.sum(0) @ joint.sum(1))
     return None if np.isclose(expected, 1) else float((observed - expected) / (1 - expected))
 
 

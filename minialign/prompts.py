@@ -197,9 +197,9 @@ def spread(prompts: Sequence[str], categories: Sequence[str], number: int, rng: 
     chosen: list[str] = []
     for i, category in enumerate(present):
         pool = [prompt for prompt, its in zip(prompts, categories) if its == category]
-        share = number // len(present) + (i < number % len(present))
-        rounds = [rng.sample(pool, len(pool)) for _ in range(-(-share // len(pool)))]
-        chosen += [prompt for one in rounds for prompt in one][:share]
+        quota = number // len(present) + (i < number % len(present))
+        rounds = [rng.sample(pool, len(pool)) for _ in range(-(-quota // len(pool)))]
+        chosen += [prompt for one in rounds for prompt in one][:quota]
     return chosen
 
 

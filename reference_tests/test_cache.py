@@ -283,7 +283,7 @@ def test_it_is_said_how_many_pairs_are_read(pipe, source, tmp_path, capsys):
     (source / "004.png").write_text("no image")
     for part, said in (((1, 2), ""), ((0, 2), "29 pairs are read, 1 left out, each named in ")):
         log = Skipped(tmp_path / "log.jsonl", part)
-        entries = encode_pairs(pipe, str(source), tmp_path / "cache", batch=99, share=part, skipped=log)
+        entries = encode_pairs(pipe, str(source), tmp_path / "cache", batch=99, process=part, skipped=log)
         capsys.readouterr()
         if not part[0]:
             entries.kept(Cache(tmp_path / "cache"))
@@ -313,17 +313,17 @@ def test_two_processes_give_the_same_as_one(pipe, source, tmp_path, calls, kind)
     alone = encode_pairs(pipe, str(given), tmp_path / "one", batch=4)
     assert sum(calls) == 30
     calls.clear()
-    shares = [encode_pairs(pipe, str(given), tmp_path / "two", batch=4, share=(rank, 2)) for rank in (1, 0)]
+    entries = [encode_pairs(pipe, str(given), tmp_path / "two", batch=4, process=(rank, 2)) for rank in (1, 0)]
     assert sum(calls) == 30 and calls == [4, 4, 4, 3] * 2
     prompts = [f"{i} dogs" for i in range(7)]
     expected = encode_texts(pipe, prompts, tmp_path / "one", batch=2)
     calls.clear()
-    keys = [encode_texts(pipe, prompts, tmp_path / "two", batch=2, share=(rank, 2)) for rank in (0, 1)]
+    keys = [encode_texts(pipe, prompts, tmp_path / "two", batch=2, process=(rank, 2)) for rank in (0, 1)]
     assert calls == [2, 2, 2, 1] and (keys[0] == expected).all() and (keys[1] == expected).all()
     one, two = Cache(tmp_path / "one"), Cache(tmp_path / "two")
     assert len(one) == len(two) == 38
-    for share in shares:
-        kept = share.kept(two)
+    for one_of_two in entries:
+        kept = one_of_two.kept(two)
         assert (kept.keys == alone.keys).all() and kept.names == alone.names and kept.captions == alone.captions
     for name in ("mean", "std"):
         a, b = one.rows(name, alone.keys), two.rows(name, alone.keys)
@@ -332,10 +332,10 @@ def test_two_processes_give_the_same_as_one(pipe, source, tmp_path, calls, kind)
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_a_share_does_not_depend_on_what_others_have_written(pipe, tmp_path):
+def test_the_work_of_a_process_does_not_depend_on_what_others_have_written(pipe, tmp_path):
     texts = [f"{i} cows" for i in range(9)]
     encode_texts(pipe, texts[:4], tmp_path, batch=2)  # of an earlier run
-    keys = [encode_texts(pipe, texts, tmp_path, batch=2, share=(rank, 3)) for rank in (2, 0, 1)]  # one after the other
+    keys = [encode_texts(pipe, texts, tmp_path, batch=2, process=(rank, 3)) for rank in (2, 0, 1)]  # in turn
     assert Cache(tmp_path).has(keys[0]).all()
 
 
@@ -370,10 +370,10 @@ def test_bad_images_are_left_out_up_to_5_percent(pipe, source, tmp_path, bad, ca
         (source / "011.txt").unlink()
     for part in ((0, 1), (0, 2), (1, 2)):
         folder, log = tmp_path / f"cache-{part[1]}", tmp_path / f"log-of-{part[1]}.jsonl"
-        entries = encode_pairs(pipe, str(source), folder, batch=8, share=part, skipped=Skipped(log, part))
+        entries = encode_pairs(pipe, str(source), folder, batch=8, process=part, skipped=Skipped(log, part))
     for rank in (0, 1):
         skipped = Skipped(tmp_path / "log-of-2.jsonl", (rank, 2))
-        entries = encode_pairs(pipe, str(source), folder, batch=8, share=(rank, 2), skipped=skipped)
+        entries = encode_pairs(pipe, str(source), folder, batch=8, process=(rank, 2), skipped=skipped)
         if bad == 2:
             with pytest.raises(InputError, match=r"set: 2 of 20 images or captions .* 5 %.*log-of-2\*\.jsonl"):
                 entries.kept(Cache(folder))

@@ -91,7 +91,8 @@ def test_more_labels_predict_better_until_they_do_not(monkeypatch):
 def test_the_sentence_says_what_the_interval_lets_it():
     curve = {"labels": [40, 80, 160], "gain": {"value": 0.021, "ci95": [0.01, 0.032]}}
     said = twice_as_many(curve)
-    assert said.startswith("Twice as many labels would bring about as much again or less, by extrapolation")
+    promised = "Doubling the labels again should raise the AUC by at most about the same amount (extrapolated)"
+    assert said.startswith(f"{promised}: the last doubling, ")
     assert "from 80 to 160, changed the AUC by +0.021 (95 % interval +0.010 to +0.032)" in said
     for ends in ([-0.01, 0.032], [-0.05, -0.01]):
         assert "no significant gain expected" in twice_as_many(curve | {"gain": {"value": 0.0, "ci95": ends}})

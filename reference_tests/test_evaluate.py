@@ -65,7 +65,7 @@ def run_of(folder: Path, texts: list[str], world: str = "shapes", **settings) ->
 
 
 def settings_of(run: Run, **more) -> dict:
-    return run.resolve({"sampling_steps": 1, "guidance": 1.0} | more, embedded=bool(run.world))
+    return run.resolve({"sampling_steps": 1, "guidance": 1.0} | more, bundled=bool(run.world))
 
 
 # ------------------------------------------------------------------------------------------------ what is asked
@@ -73,9 +73,9 @@ def test_the_embedded_world_is_tested_on_its_groups_of_prompts_in_all_categories
     run = run_of(tmp_path / "run", SEEN[:6], seed=0)
     items = test_items(run, settings_of(run, test_images=80))
     parts = {name: [p.text for p in part] for name, part in zip(NAMES, split(SHAPES)) if part}
-    share = 80 // len(parts)
-    assert Counter(item.groups[1] for item in items) == dict.fromkeys(parts, share)
-    assert set(Counter(item.groups for item in items).values()) <= {share // 4, share // 4 + 1}
+    quota = 80 // len(parts)
+    assert Counter(item.groups[1] for item in items) == dict.fromkeys(parts, quota)
+    assert set(Counter(item.groups for item in items).values()) <= {quota // 4, quota // 4 + 1}
     assert {item.groups[0] for item in items} == set(CATEGORIES)
     assert all(item.prompt in parts[item.groups[1]] for item in items)
     assert all(parse(item.prompt, SHAPES).category in item.groups for item in items)
@@ -84,7 +84,7 @@ def test_the_embedded_world_is_tested_on_its_groups_of_prompts_in_all_categories
     rng, kinds = random.Random(0), {name: [parse(text, SHAPES).category for text in parts[name]] for name in parts}
     spread(parts["seen"], kinds["seen"], 2560, rng)
     assert [item.prompt for item in items] == [
-        text for name, part in parts.items() for text in spread(part, kinds[name], share, rng)
+        text for name, part in parts.items() for text in spread(part, kinds[name], quota, rng)
     ]
     other = test_items(run_of(tmp_path / "1", SEEN[:0], seed=1), defaults(True) | {"seed": 1})
     assert not {item.seed for item in other} & {item.seed for item in items}
@@ -450,6 +450,8 @@ def test_the_command_compares_pipelines(drawn, tmp_path, monkeypatch, capsys, re
     assert all(value is not None for key in ("frechet", "cmmd", "diversity") for value in found[key].values())
     assert all(one["fine-tuned"]["gain_ci95"] is not None for one in found["picture"].values())
     assert "fine-tuned over base: " in out and "CMMD (lower" in out and (run / "report.html").exists()
+    folders = " or ".join(str(run / one["images"]) for one in found["models"].values())
+    assert f"label these images: python -m minialign.label FOLDER, where FOLDER is {folders}\n" in out
     assert results_of(run)["counts"] == {"images": 4, "labels": 0, "evaluated": 6}
     assert all((run / path).exists() for sample in found["samples"] for path in sample["images"].values())
     pytest.importorskip("matplotlib")

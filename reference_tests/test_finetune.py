@@ -174,10 +174,10 @@ def test_new_labels_and_changed_settings_are_told_and_redone_on_demand(finished,
     assert len(results_of(run)["comparisons"]) == 1 and len(results_of(run)["evaluation"]["samples"]) > 4
 
 
-@pytest.mark.parametrize("embedded", [True, False])
-def test_the_reports_command_gives_the_settings_back(embedded):
+@pytest.mark.parametrize("bundled", [True, False])
+def test_the_reports_command_gives_the_settings_back(bundled):
     """Each flag alone and all at once, with values that are not the defaults."""
-    usual = defaults(embedded)
+    usual = defaults(bundled)
     other = {}
     for name, setting in BY_NAME.items():
         if isinstance(setting.kind, tuple):
@@ -189,7 +189,7 @@ def test_the_reports_command_gives_the_settings_back(embedded):
         else:
             other[name] = next(value for value in _taken(setting.kind, "0.25", "7") if value != usual[name])
     for settings in [usual | {name: value} for name, value in other.items()] + [usual | other]:
-        words = repeated(settings, embedded, "runs/my run")
+        words = repeated(settings, bundled, "runs/my run")
         read = parse_arguments(words[3:])
         back = usual | {key: value for key, value in vars(read).items() if key in BY_NAME and value is not None}
         assert back == settings and str(read.run) == "runs/my run"
@@ -404,7 +404,7 @@ def test_weights_that_are_all_zero_are_refused(finished, tmp_path, capsys):
 
 
 def test_a_recipe_stands_for_flags(tmp_path):
-    settings = Run(tmp_path).resolve({"steps": 7, "weighting": "exponential"}, embedded=True, recipe="paper")
+    settings = Run(tmp_path).resolve({"steps": 7, "weighting": "exponential"}, bundled=True, recipe="paper")
     kept = [settings[key] for key in ("batch_size", "pretrain_fraction", "learning_rate", "beta", "steps", "dtype")]
     assert kept == [512, 0.5, 1e-5, 1.0, 7, "bfloat16"] and settings["weighting"] == "exponential"
     assert settings["sampling_steps"] == defaults(True)["sampling_steps"]

@@ -417,7 +417,7 @@ def test_nothing_outside_the_run_is_shown(run, tmp_path):
             "/image/99",
         ):
             assert ask(port, path)[0] == 404, path
-    with served(LabelBook(FeedbackStore(run), [secret.parent])) as port:  # --images
+    with served(LabelBook(FeedbackStore(run), [secret.parent])) as port:  # --image-folder
         assert [ask(port, f"/image/{13 + i}")[0] for i in range(4)] == [200] * 4
 
 
@@ -649,8 +649,9 @@ def test_help_is_in_groups(capsys):
         label.parse_arguments(["--help"])
     groups = dict(part.split(":\n", 1) for part in capsys.readouterr().out.split("\n\n")[2:] if ":\n" in part)
     told = {title: re.findall(r"^  (?:-h, )?(--[\w-]+)", lines, re.M) for title, lines in groups.items()}
-    assert told["run"] == ["--help", "--out", "--redo", "--device"]
-    assert told["labelling"] == ["--labeller", "--guide", "--labels-per-image", "--images"]
+    assert told["run"] == ["--help", "--out"]
+    assert told["with --annotator"] == ["--seed", "--labels", "--redo"] and "hardware" not in told  # and no --device
+    assert told["labelling"] == ["--labeller", "--guide", "--labels-per-image", "--image-folder"]
     assert told["comparison"] == ["--compare", "--sets"]
     assert told["server"] == ["--port", "--host", "--origin", "--token-file", "--no-browser"]
     assert told["in place of the page"] == ["--export", "--import", "--annotator", "--summary"]
@@ -680,7 +681,8 @@ def test_errors_of_the_command_are_one_line(run, tmp_path, monkeypatch, capsys):
         ((run, "--labeller", " "), "accepted: a name of 1 to 64 characters"),
         ((run, "--compare", tmp_path / "none"), "--compare"),
         ((run, "--compare", empty), "its store holds no image of a prompt that is in"),
-        ((run, "--images", tmp_path / "none"), "not a folder"),
+        ((run, "--image-folder", tmp_path / "none"), "not a folder"),
+        ((run, "--images", tmp_path / "none"), "--image-folder"),  # its older name
         ((run, "--export", tmp_path / "labels.txt"), "accepted: a name that ends in .csv, .tsv or .jsonl"),
         ((run, "--import", tmp_path / "labels.csv"), "labels.csv: cannot be read"),
         ((run, "--export", "a.csv", "--summary"), "not allowed with"),
@@ -795,7 +797,7 @@ def test_images_that_no_run_can_be_begun_with_are_one_line(run, tmp_path, monkey
         ((run, "--out", "mine"), "--out and the flags for label files are accepted only with images to begin a run"),
         ((run, "--good-from", 3), "--out and the flags for label files are accepted only with images to begin a run"),
         ((run, "--import", "x.csv", "--out", "mine"), "--out: not used by --import; leave it out"),
-        ((run, "--import", "x.csv", "--images", tmp_path), "--images: not used by --import; leave it out"),
+        ((run, "--import", "x.csv", "--image-folder", tmp_path), "--image-folder: not used by --import; leave it out"),
         ((run, "--import", "x.csv", "--compare", tmp_path), "--compare: not used by --import; leave it out"),
         ((run, "--annotator", "--compare", tmp_path), "--compare: not used by --annotator; leave it out"),
         ((run, "--annotator", "--skip", "-1"), "a flag for label files: not used by --annotator; leave it out"),
@@ -1274,8 +1276,23 @@ def test_zoom_names_and_keyboards(browser, run, tmp_path):
             key("b", "KeyB")
         wait(browser, "return !$('end').hidden && document.querySelectorAll('#summary li').length === 2")
         assert browser.execute_script("return $('total').textContent").startswith(
-            "ann  of the hill, you have labelled all 12"
+            "ann  of the hill, you have labelled all 12 images."
         )
+
+
+@pytest.mark.slow
+def test_the_last_page_says_how_much_is_done(browser, tmp_path):
+    for images, enough, said in (
+        (1, None, "you have labelled the only image."),
+        (3, None, "you have labelled all 3 images."),
+        (3, 1, "every image has 1 verdict now; you labelled 3 of them."),
+    ):
+        book = LabelBook(FeedbackStore(make_run(tmp_path / said, {"a cat": images})), enough=enough)
+        with served(book, labeller="Ann") as port:
+            browser.get(f"http://127.0.0.1:{port}/?token={TOKEN}")
+            press(browser, *"g" * images)
+            wait(browser, "return !$('end').hidden")
+            assert browser.execute_script("return $('total').textContent") == f"Ann, {said}"
 
 
 @pytest.mark.slow

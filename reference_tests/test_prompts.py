@@ -38,10 +38,10 @@ def test_new_combinations_are_of_seen_words_and_new_objects_of_none():
     grammar = replace(SHAPES, objects=(*SHAPES.objects[:4], "ring", "moon"), held_out=("ring", "moon"))
     parts = split(grammar)
     assert Counter(prompt for part in parts for prompt in part) == Counter(all_prompts(grammar))
-    shares = [Counter(prompt.category for prompt in part) for part in parts[1:]]
-    assert shares[0] == {"count": 4, "color": 4, "background": 4, "combination": 64}
-    assert shares[1] == {"count": 7, "color": 7, "background": 7, "combination": 112}
-    assert shares[2] == {"count": 3, "color": 3, "background": 3, "combination": 48}
+    counts = [Counter(prompt.category for prompt in part) for part in parts[1:]]
+    assert counts[0] == {"count": 4, "color": 4, "background": 4, "combination": 64}
+    assert counts[1] == {"count": 7, "color": 7, "background": 7, "combination": 112}
+    assert counts[2] == {"count": 3, "color": 3, "background": 3, "combination": 48}
     for attribute in ATTRIBUTES:
         words = [{getattr(p, attribute) for p in part} for part in parts]
         assert words[1] == words[0] and words[3] == set(grammar.words(attribute)) | (words[0] & {None})
@@ -107,10 +107,10 @@ def test_prompts_are_spread_evenly_over_categories_and_within_them(number):
     chosen = spread(texts, categories, number, random.Random(5))
     rng, expected = random.Random(5), []
     for i, category in enumerate(("count", "color", "background", "combination")):
-        share, mine = number // 4 + (i < number % 4), []
-        while len(mine) < share:
+        quota, mine = number // 4 + (i < number % 4), []
+        while len(mine) < quota:
             mine += rng.sample([p.text for p in prompts if p.category == category], categories.count(category))
-        expected += mine[:share]
+        expected += mine[:quota]
     assert chosen == expected and len(chosen) == number
     counts = Counter(parse(text, SHAPES).category for text in chosen)
     assert max(counts.values()) - min(counts[category] for category in CATEGORIES) <= 1

@@ -72,7 +72,8 @@ def test_what_a_stage_was_made_from_decides_whether_it_is_out_of_date(tmp_path):
         with pytest.raises(InputError) as error:
             do(Run(tmp_path), **begun | given)
         assert str(error.value) == (
-            f"{tmp_path}: stage reward is out of date: {told}; --redo does it again, and what follows from it"
+            f"{tmp_path}: stage reward is out of date: {told}; --redo does it again; `finetune RUN --redo` also redoes "
+            "the later stages"
         )
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert not do(Run(tmp_path), **begun, clip="renamed")  # its content counts, which `inputs` says
@@ -129,13 +130,13 @@ def test_a_file_that_a_stage_needs_and_does_not_find_is_named(tmp_path):
 
 def test_values_are_given_else_remembered_else_of_the_recipe_or_the_world(tmp_path):
     run = Run(tmp_path)
-    assert run.resolve({}, embedded=True) == defaults(True) and run.resolve({}, embedded=False) == defaults(False)
+    assert run.resolve({}, bundled=True) == defaults(True) and run.resolve({}, bundled=False) == defaults(False)
     run.remember({"steps": 7, "beta": 2.0}, world="shapes")
     again = Run(tmp_path)
     assert again.world == "shapes" and again.config["format"] == FORMAT and Run(tmp_path / "new").world == ""
-    found = again.resolve({"beta": 3.0}, embedded=True, recipe="paper")
+    found = again.resolve({"beta": 3.0}, bundled=True, recipe="paper")
     assert (found["steps"], found["beta"], found["batch_size"], found["images"]) == (10_000, 3.0, 512, 2560)
-    assert again.resolve({}, embedded=True)["steps"] == 7
+    assert again.resolve({}, bundled=True)["steps"] == 7
     assert again.source("model", {}) is None and again.source("model", {"model": "x"}) == "x"
 
 

@@ -11,13 +11,12 @@ from minialign.engine.settings import (
     RECIPES,
     SETTINGS,
     STAGES,
-    add_flags,
     add_run_flags,
+    as_shell,
     command,
     defaults,
     given,
     of_stage,
-    shown,
     switch,
 )
 from minialign.finetune.__main__ import parse_arguments
@@ -25,8 +24,7 @@ from minialign.finetune.__main__ import parse_arguments
 
 def parser(*stages: str, without: tuple[str, ...] = ()) -> Parser:
     made = Parser(prog="command")
-    add_run_flags(made)
-    add_flags(made, *(stages or STAGES), without=without)
+    add_run_flags(made, *(stages or STAGES), without=without)
     return made
 
 
@@ -36,7 +34,7 @@ def test_every_row_says_what_it_is():
         assert setting.stages and set(setting.stages) <= set(STAGES), setting.name
         assert list(setting.stages) == [stage for stage in STAGES if stage in setting.stages], setting.name
         assert setting.about, setting.name
-        for default in (setting.embedded, setting.own):  # a default is a value that the flag takes
+        for default in (setting.bundled, setting.own):  # a default is a value that the flag takes
             if setting.kind is switch:
                 assert isinstance(default, bool)
             elif isinstance(setting.kind, tuple):
@@ -52,10 +50,10 @@ def test_every_row_says_what_it_is():
 
 
 def test_defaults_and_stages_are_of_the_table():
-    for embedded in (True, False):
-        found = defaults(embedded)
+    for bundled in (True, False):
+        found = defaults(bundled)
         assert found.keys() == BY_NAME.keys()
-        assert all(value == BY_NAME[name].default(embedded) for name, value in found.items())
+        assert all(value == BY_NAME[name].default(bundled) for name, value in found.items())
     assert defaults(True, "label") == {"seed": 0, "labels": 1280}
     assert [setting.name for setting in of_stage("label")] == ["seed", "labels"]
     names = [setting.name for setting in of_stage("generate", "reward")]
@@ -70,7 +68,7 @@ def test_help_has_every_flag_of_a_stage_with_its_default(stage):
         assert there == (stage in setting.stages), setting.name
         if there:
             assert setting.flag in text
-            for default in {setting.embedded, setting.own} - {None}:
+            for default in {setting.bundled, setting.own} - {None}:
                 said = str(default).lower() if isinstance(default, bool) else str(default)
                 assert said in setting.help.split("(default: ")[1], setting.name
     assert "--redo" in text and "--device" in text
@@ -81,8 +79,10 @@ def test_help_lines_of_both_worlds():
     assert BY_NAME["images"].help.endswith("(default: 2560; with --model: none)")
     assert BY_NAME["seed"].help == "random seed of every stage (default: 0)"
     assert BY_NAME["compile"].help.endswith("(default: false)") and "(default" not in BY_NAME["pretrain"].help
-    titles = [group.title for group in parser()._action_groups[2:]]
-    assert titles == list(dict.fromkeys(titles))  # each once
+    for groups in (parser()._action_groups[2:], parser("reward")._action_groups[2:]):
+        titles = [group.title for group in groups]
+        assert titles == list(dict.fromkeys(titles)) and titles[-1] == "hardware"  # each once
+        assert "--device" in groups[-1]._group_actions[-1].option_strings
 
 
 def test_what_is_not_given_is_not_there():
@@ -120,15 +120,15 @@ def test_files_are_given_by_absolute_paths_and_hub_ids_as_they_are(tmp_path, mon
     assert given(parser().parse_args(["--prompts", "categories"])) == {"prompts": "categories"}
 
 
-@pytest.mark.parametrize("embedded", [True, False])
-def test_the_command_leaves_defaults_out(embedded):
+@pytest.mark.parametrize("bundled", [True, False])
+def test_the_command_leaves_defaults_out(bundled):
     start = ["python", "-m", "minialign.finetune"]
-    assert command({}, embedded) == command(defaults(embedded), embedded) == start
-    settings = defaults(embedded) | {"steps": 7, "compile": True, "prompts": "my prompts.txt", "noise_offset": 1e-6}
-    words = command(settings, embedded, "runs/my run")
+    assert command({}, bundled) == command(defaults(bundled), bundled) == start
+    settings = defaults(bundled) | {"steps": 7, "compile": True, "prompts": "my prompts.txt", "noise_offset": 1e-6}
+    words = command(settings, bundled, "runs/my run")
     assert words == [*start, "runs/my run", "--prompts", "my prompts.txt", "--steps", "7", "--noise-offset", "1e-06",
                      "--compile"]  # fmt: skip
-    assert shown(words).count("'my prompts.txt'") == 1
+    assert as_shell(words).count("'my prompts.txt'") == 1
     assert given(parse_arguments(words[3:])).items() >= {("steps", 7), ("compile", True), ("noise_offset", 1e-6)}
 
 

@@ -4,8 +4,8 @@ Fine-tuning (Lee et al. 2023, section 3.3) trains the UNet alone, so that the mo
 context of a prompt never change. They are kept in a folder of safetensors shards that are mapped into memory. The key
 of an entry is a digest of all that it depends on: the network's weights, the preprocessing, the file or the text.
 
-    entries = encode_pairs(pipe, source, folder, batch=8, share=(rank, processes))
-    keys = encode_texts(pipe, entries.captions, folder, batch=64, share=(rank, processes))
+    entries = encode_pairs(pipe, source, folder, batch=8, process=(rank, processes))
+    keys = encode_texts(pipe, entries.captions, folder, batch=64, process=(rank, processes))
     barrier()  # now everybody's shards are there
     cache = Cache(folder)
     entries = entries.kept(cache)  # without what could not be read; 5 % at most
@@ -171,7 +171,7 @@ class Entries:
         if self.skipped is not None:
             self.skipped.check(len(present), missing)
             left_out = self.skipped.listed + missing
-            if self.skipped.share[0] == 0:
+            if self.skipped.process[0] == 0:
                 named = f", each named in {self.skipped.logs}" if left_out else ""
                 counts = f"{len(present) - missing:,} pairs are read, {left_out:,} left out"
                 print(f"{self.skipped.source}: {counts}{named}", flush=True)
@@ -190,19 +190,19 @@ def encode_pairs(
     *,
     batch: int,
     dtype: torch.dtype = torch.float32,
-    share: tuple[int, int] = (0, 1),
+    process: tuple[int, int] = (0, 1),
     skipped: Skipped | None = None,
     seed: int = 0,
 ) -> Entries:
     """Encode those images that are not in the cache yet, `batch` at a time; the entries of all of them.
 
-    pairs: a source (see `read_pairs`, also for `seed`) or pairs at hand. Of several processes, share = (its number, how
-    many), each encodes every so manyth image. dtype: float32 or float16, as what is kept. An image that cannot be read
-    goes to `skipped` (of a source: skipped.jsonl in the folder, unless given) and is tried again by the next run;
-    without `skipped` it raises Unusable.
+    pairs: a source (see `read_pairs`, also for `seed`) or pairs at hand. process: (rank, number of processes); each
+    encodes every so manyth image. dtype: float32 or float16, as what is kept. An image that cannot be read goes to
+    `skipped` (of a source: skipped.jsonl in the folder, unless given) and is tried again by the next run; without
+    `skipped` it raises Unusable.
     """
     if isinstance(pairs, str) and skipped is None:
-        skipped = Skipped(folder / "skipped.jsonl", share)
+        skipped = Skipped(folder / "skipped.jsonl", process)
 
     def read() -> Iterable[Pair]:
         if not isinstance(pairs, str):
@@ -217,7 +217,7 @@ def encode_pairs(
         names.append(pair.name)
         captions.append(pair.caption)
     entries = Entries(np.frombuffer(bytes(keys), KEY), names, captions, skipped)
-    todo = _todo(entries.keys, folder, share)
+    todo = _todo(entries.keys, folder, process)
     if not todo.any():
         return entries
     size = pipe.image_size
@@ -250,15 +250,15 @@ def encode_texts(
     *,
     batch: int,
     dtype: torch.dtype = torch.float32,
-    share: tuple[int, int] = (0, 1),
+    process: tuple[int, int] = (0, 1),
 ) -> np.ndarray:
     """Encode those prompts that are not in the cache yet; the keys (P+1,) of all, the last one that of no prompt.
 
-    `dtype` and `share` as in `encode_pairs`.
+    `dtype` and `process` as in `encode_pairs`.
     """
     key = _text_keys(pipe, dtype)
     keys = np.frombuffer(b"".join([*(key(f"prompt {text}") for text in texts), key("none")]), KEY)
-    todo = np.flatnonzero(_todo(keys, folder, share)).tolist()
+    todo = np.flatnonzero(_todo(keys, folder, process)).tolist()
     prompts = [i for i in todo if i < len(texts)]
     with _Writer(folder, dtype) as writer:
         if len(prompts) < len(todo):
@@ -274,14 +274,14 @@ def _by_name(context: Sequence[Tensor]) -> dict[str, Tensor]:
     return {f"context{i}": tensor for i, tensor in enumerate(context)}
 
 
-def _todo(keys: np.ndarray, folder: Path, share: tuple[int, int]) -> np.ndarray:
+def _todo(keys: np.ndarray, folder: Path, process: tuple[int, int]) -> np.ndarray:
     """Which of the keys (N,) this process encodes, (N,) bool.
 
     By their number, not by what others have left: that changes while they write.
     """
     first = np.zeros(len(keys), bool)
     first[np.unique(keys, return_index=True)[1]] = True
-    return first & (np.arange(len(keys)) % share[1] == share[0]) & ~Cache(folder).has(keys)
+    return first & (np.arange(len(keys)) % process[1] == process[0]) & ~Cache(folder).has(keys)
 
 
 class _Writer:

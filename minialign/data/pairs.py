@@ -157,13 +157,13 @@ def regular(path: str | Path, name: str, what: str = "the image") -> os.stat_res
 class Skipped:
     """Counts what a source has that cannot be used, and names it in a log: a JSON object of name and why a line.
 
-    Each of several processes, share = (its number, how many), keeps a log of its own: `path`, and of the others path-1,
+    Each of several, process = (rank, number of processes), keeps a log of its own: `path`, and of the others path-1,
     path-2 ... before the suffix. What all of them find, because it shows in the listing, the first one alone writes
     down. A new reading (`begin`) starts the logs again.
     """
 
-    def __init__(self, path: Path, share: tuple[int, int] = (0, 1)):
-        self.path, self.share = path, share
+    def __init__(self, path: Path, process: tuple[int, int] = (0, 1)):
+        self.path, self.process = path, process
         self.source = ""
         self.listed = 0  # of all that are listed, how many cannot be used as the listing shows already
         self.first: Unusable | None = None
@@ -174,11 +174,11 @@ class Skipped:
     @property
     def logs(self) -> str:
         """The path of the log, with a star in place of the processes' numbers."""
-        return str(self.path.with_name(f"{self.path.stem}{'*' * (self.share[1] > 1)}{self.path.suffix}"))
+        return str(self.path.with_name(f"{self.path.stem}{'*' * (self.process[1] > 1)}{self.path.suffix}"))
 
     def begin(self, source: str) -> None:
         self.source, self.listed, self.first = source, 0, None
-        rank, size = self.share
+        rank, size = self.process
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._log(rank).write_bytes(b"")
         if rank == 0:  # which a run with more processes has left
@@ -191,8 +191,8 @@ class Skipped:
         """Write one down; `listed`: every process finds it."""
         self.listed += listed
         self.first = self.first or error
-        if not listed or self.share[0] == 0:
-            with open(self._log(self.share[0]), "a", encoding="utf-8") as file:
+        if not listed or self.process[0] == 0:
+            with open(self._log(self.process[0]), "a", encoding="utf-8") as file:
                 file.write(json.dumps({"name": error.name, "why": error.why}) + "\n")
 
     def check(self, pairs: int, unusable: int = 0) -> None:
@@ -244,7 +244,7 @@ def image_pairs(images: Sequence[Image.Image], captions: Sequence[str]) -> list[
 def read_pairs(source: str, skipped: Skipped, seed: int = 0) -> Iterator[Pair]:
     """Stream the pairs of a source in an order that stays; no image is decoded before its `open()`.
 
-    source: a folder, searched to the bottom through its links, each of its folders with a metadata.jsonl or
+    source: a folder, searched recursively through its links, each of its folders with a metadata.jsonl or
     metadata.csv (the hub's imagefolder convention: rows of file_name, relative to that folder, and text) or with a
     caption beside each image; or WebDataset's tar shards by path or glob, in the order of their names: members whose
     names agree up to the first dot of the last name belong together. Captions: `TEXTS`, `KEYS`; of a list of captions

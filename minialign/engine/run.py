@@ -55,7 +55,7 @@ OTHER_OUTPUTS = (  # of no single stage: images of comparisons, caches, logs; at
     "config.json",
 )  # fmt: skip
 FOLDERS = ("cache", "checkpoints", "images", "reward", "compare", "model", "validation")  # in which a run writes
-REDO = "--redo does it again, and what follows from it"
+REDO = "--redo does it again; `finetune RUN --redo` also redoes the later stages"
 
 
 class Busy(InputError):
@@ -93,12 +93,12 @@ class Run:
         if is_main_process():
             write_json(self.folder / "config.json", self.config)
 
-    def resolve(self, given: Mapping[str, Any], embedded: bool, recipe: str | None = None) -> dict[str, Any]:
+    def resolve(self, given: Mapping[str, Any], bundled: bool, recipe: str | None = None) -> dict[str, Any]:
         """The value of every setting: what is given, else remembered, else the default of the run's world.
 
         A recipe counts as given flags, which flags that are really given override.
         """
-        return defaults(embedded) | self.settings | self.given(given, recipe)
+        return defaults(bundled) | self.settings | self.given(given, recipe)
 
     def given(self, flags: Mapping[str, Any], recipe: str | None) -> dict[str, Any]:
         """The settings of a command line: its flags, and those of its recipe that no flag overrides."""
@@ -149,7 +149,7 @@ class Run:
     def _plan(self, name: str, own: dict[str, Any], inputs: Callable[[], Mapping[str, str]], redo: bool) -> bool | str:
         """True if the stage has to run (and has begun), False if it is done, or a line that says why it cannot run."""
         try:
-            made_from = {key: value for key, value in own.items() if counts(key)} | dict(inputs())
+            made_from = {key: value for key, value in own.items() if changes_result(key)} | dict(inputs())
             state = self.stages.get(name)
             if against := self._contradicted(name, own):
                 return against
@@ -174,7 +174,8 @@ class Run:
         """A line that says which earlier, finished stage was made with other values of the same settings; else None."""
         for earlier in STAGES[: STAGES.index(name)] if name in STAGES else ():
             was = self.stages.get(earlier, {})
-            shared = {key: was["made_from"][key] for key in own if key in was.get("made_from", {}) and counts(key)}
+            before = was.get("made_from", {})
+            shared = {key: before[key] for key in own if key in before and changes_result(key)}
             if "seconds" in was and (changed := changes(shared, {key: own[key] for key in shared})):
                 return (
                     f"{self.folder}: stage {earlier} was made with another value: {changed}; accepted: the same value, "
@@ -261,7 +262,7 @@ class Run:
         return append if is_main_process() else lambda row: None
 
 
-def counts(name: str) -> bool:
+def changes_result(name: str) -> bool:
     """Whether the value of a setting changes the result. For a source its content does, which is among the inputs."""
     return not BY_NAME[name].free and not BY_NAME[name].source
 

@@ -46,7 +46,7 @@ class Setting:
 
     name: str
     stages: tuple[str, ...]
-    embedded: Any
+    bundled: Any
     own: Any
     kind: Callable[[str], Any] | tuple[str, ...]
     about: str
@@ -58,17 +58,17 @@ class Setting:
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
 
-    def default(self, embedded: bool) -> Any:
-        return self.embedded if embedded else self.own
+    def default(self, bundled: bool) -> Any:
+        return self.bundled if bundled else self.own
 
     @property
     def help(self) -> str:
         """The line of --help: what the setting is, and its defaults that are not None."""
-        embedded, own = (_shown(value) for value in (self.embedded, self.own))
-        if self.embedded == self.own:
+        bundled, own = (_shown(value) for value in (self.bundled, self.own))
+        if self.bundled == self.own:
             default = f" (default: {own})" if self.own is not None else ""
         else:
-            default = f" (default: {embedded}; with --model: {own})"
+            default = f" (default: {bundled}; with --model: {own})"
         return (self.about + default).replace("%", "%%")
 
 
@@ -220,29 +220,37 @@ def add_flags(
     *stages: str,
     without: Iterable[str] = (),
     spellings: Mapping[str, Sequence[str]] | None = None,
-) -> None:
-    """Add the flags of the stages' settings to a parser, in groups; what is not given is None.
+    title: str = "",
+) -> dict[str, Any]:
+    """Add the flags of the stages' settings to a parser; what is not given is None. Returns their groups by title.
 
-    without: settings that get no flag. spellings: more flags that give a numeric setting, by its name.
+    without: settings that get no flag. spellings: more flags that give a numeric setting, by its name. title: of one
+    group for all flags, in place of a group for each stage.
     """
     groups: dict[str, Any] = {}
     for setting in of_stage(*stages):
         if setting.name in without:
             continue
         stage = next(stage for stage in setting.stages if stage in stages)
-        title = TITLES[setting.group or stage]
-        group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
+        group = _group(parser, groups, title or TITLES[setting.group or stage])
         if setting.kind is switch:
             group.add_argument(setting.flag, action=argparse.BooleanOptionalAction, default=None, help=setting.help)
         elif isinstance(setting.kind, tuple):
             group.add_argument(setting.flag, choices=setting.kind, help=setting.help)
         else:
-            default = setting.embedded if setting.own is None else setting.own
+            default = setting.bundled if setting.own is None else setting.own
             count = isinstance(default, int) or setting.name.endswith("per_prompt")
             flags = (setting.flag, *(spellings or {}).get(setting.name, ()))
             metavar = "N" if count else setting.name.upper().split("_")[-1]
             action = Once if setting.kind is reward_terms else "store"
             group.add_argument(*flags, type=setting.kind, metavar=metavar, help=setting.help, action=action)
+    return groups
+
+
+def _group(parser: argparse.ArgumentParser, groups: dict[str, Any], title: str) -> Any:
+    if title not in groups:
+        groups[title] = parser.add_argument_group(title)
+    return groups[title]
 
 
 class Once(argparse.Action):
@@ -254,12 +262,18 @@ class Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that every command on a run has."""
-    redo = "repeat the stages that are out of date, and those after them"
+def add_redo(parser: Any) -> None:
+    """Add --redo to a parser or to a group of one."""
+    redo = "repeat this stage if it is out of date (finetune: later stages too)"
     parser.add_argument("--redo", action="store_true", help=redo)
+
+
+def add_run_flags(parser: argparse.ArgumentParser, *stages: str, **how: Any) -> None:
+    """Add the flags of a command on a run: --redo, its stages' settings by `add_flags(..., **how)`, --device."""
+    add_redo(parser)
+    hardware = _group(parser, add_flags(parser, *stages, **how), TITLES["hardware"])
     devices = "cpu, cuda, cuda:1, mps ... (default: cuda where there is one, else cpu)"
-    parser.add_argument("--device", default="auto", help=devices)
+    hardware.add_argument("--device", default="auto", help=devices)
 
 
 def given(arguments: argparse.Namespace, *stages: str) -> dict[str, Any]:
@@ -276,12 +290,12 @@ def given(arguments: argparse.Namespace, *stages: str) -> dict[str, Any]:
     return values
 
 
-def command(settings: Mapping[str, Any], embedded: bool, folder: Any = None) -> list[str]:
+def command(settings: Mapping[str, Any], bundled: bool, folder: Any = None) -> list[str]:
     """The words of the command of the main job with these settings: flags alone that differ from the defaults."""
     words = ["python", "-m", "minialign.finetune"] + ([str(folder)] if folder is not None else [])
     for setting in SETTINGS:
-        value = settings.get(setting.name, setting.default(embedded))
-        if value == setting.default(embedded) or value is None:
+        value = settings.get(setting.name, setting.default(bundled))
+        if value == setting.default(bundled) or value is None:
             continue
         if setting.kind is switch:
             words.append(setting.flag if value else f"--no-{setting.flag[2:]}")
@@ -290,6 +304,6 @@ def command(settings: Mapping[str, Any], embedded: bool, folder: Any = None) -> 
     return words
 
 
-def shown(words: Sequence[str]) -> str:
+def as_shell(words: Sequence[str]) -> str:
     """The words of a command as a shell reads them."""
     return shlex.join(words)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from ..engine.commands import Parser, run_command
 from ..engine.processes import pick_device, say
-from ..engine.run import counts, is_run, opened
-from ..engine.settings import BY_NAME, add_flags, add_run_flags, given
+from ..engine.run import changes_result, is_run, opened
+from ..engine.settings import BY_NAME, add_run_flags, given
 from ..files import InputError, read_json
 from ..pages.cards import comparison
 from ..pages.report import write_report
@@ -26,13 +26,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = Parser(prog="python -m minialign.evaluate", description=(__doc__ or "").split("\n\n")[1])
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="folder of a run; the result is in its results.json and report.html")
-    add_run_flags(parser)
     what = "models to compare, the first is the baseline: folders, hub ids, .safetensors files, or bundled"
     add("--models", nargs="+", metavar="MODEL", help=f"{what} (default: the run's base model and RUN/model)")
     add("--prompts", type=Path, help="file of prompts (default: the run's, and prompts that its grammar holds out)")
-    add("--reward", type=Path, help="a reward model's folder (default: RUN/reward, where there is one)")
+    reward = "a reward model's folder; only a folder here (default: RUN/reward, where there is one)"
+    add("--reward", type=Path, help=reward)
     add("--reference", type=Path, help="folder of reference images for the distances (default: the run's good images)")
-    add_flags(parser, "evaluate", without=["model", "variant", "vae"])
+    add_run_flags(parser, "evaluate", without=["model", "variant", "vae"])
     return parser.parse_args(arguments)
 
 
@@ -45,11 +45,11 @@ def main() -> None:
         raise InputError("--clip: the reward model of --reward names its own; accepted without --reward")
     flags = given(args, "evaluate")  # its --prompts are those of the test
     with opened(args.run) as run:
-        settings = run.resolve(flags, embedded=bool(run.world))
+        settings = run.resolve(flags, bundled=bool(run.world))
         for note in outdated_stages(run):
             say(f"note: {note} (python -m minialign.finetune {run.folder} --redo)")
         # other settings than the run's make a comparison beside its evaluation, unless this is to be done again
-        changed = {key for key, value in flags.items() if run.settings.get(key, value) != value and counts(key)}
+        changed = {key for key, value in flags.items() if run.settings.get(key, value) != value and changes_result(key)}
         redone = args.redo and all(BY_NAME[key].stages == ("evaluate",) for key in changed)
         if args.models or args.prompts or args.reward or args.reference or (changed and not redone):
             name = compare_models(
@@ -64,8 +64,8 @@ def main() -> None:
         report = write_report(run.folder)
     evaluation = results["comparisons"][name] if name else results["evaluation"]
     print(f"\n{comparison(evaluation)}\n\n{args.run / 'results.json'}, {report}")
-    places = ", ".join(str(args.run / one["images"]) for one in evaluation["models"].values())
-    print(f"people can label these images: python -m minialign.label FOLDER, of {places}")
+    places = " or ".join(str(args.run / one["images"]) for one in evaluation["models"].values())
+    print(f"people can label these images: python -m minialign.label FOLDER, where FOLDER is {places}")
 
 
 if __name__ == "__main__":

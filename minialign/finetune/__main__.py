@@ -20,7 +20,7 @@ from ..data import check_source
 from ..engine.commands import Parser, run_command
 from ..engine.processes import gathered, is_main_process, pick_device, process_group, say
 from ..engine.run import DIGEST, Run, opened
-from ..engine.settings import STAGES, add_flags, add_run_flags, defaults, given
+from ..engine.settings import STAGES, add_run_flags, defaults, given
 from ..evaluate import evaluate_run, images_per_prompt, test_items, write_results
 from ..feedback import USUAL, FeedbackStore, LabelFile, add_reading_flags, given_reading
 from ..files import InputError, atomic
@@ -44,7 +44,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     own = "runs/shapes; with --model or --feedback: runs/own"
     add("run", type=Path, nargs="?", metavar="RUN", help=f"the run's folder (default: {own})")
     add("--out", type=Path, metavar="RUN", help="another way to give the run's folder")
-    add_run_flags(parser)
     add("--fresh", action="store_true", help="start over: remove what an earlier run left in the folder")
     add(
         "--feedback",
@@ -55,7 +54,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--recipe", choices=RECIPES, help="paper: the settings of Lee et al. 2023, unless a flag gives another value")
     add("--cache", type=Path, help="folder of latents and text contexts that runs may share (default: RUN/cache)")
     add_reading_flags(parser)
-    add_flags(parser, *STAGES)
+    add_run_flags(parser, *STAGES)
     return parser.parse_args(arguments)
 
 
@@ -70,7 +69,7 @@ def main_job(
         return load_model(run, flags, device)
 
     load()
-    settings = run.resolve(flags, embedded=bool(run.world), recipe=recipe)
+    settings = run.resolve(flags, bundled=bool(run.world), recipe=recipe)
     check_settings(settings, flags)
     if flags.get("prompts") is not None:
         planned(settings | per_prompt(run, settings, flags), run.world)  # a mistake is reported before it is remembered
@@ -107,7 +106,7 @@ def collect(
         import_run(run, feedback, redo)
         return
     learned = any(term.what == LEARNED for term in read_terms(settings["reward"], run.folder))
-    images, labels = gathered(counted(run.folder) if is_main_process() else (0, 0))[0]
+    images, labels = gathered(count_feedback(run.folder) if is_main_process() else (0, 0))[0]
     if "generate" in run.stages or not images:
         if run.world != WORLD and not images:
             raise InputError(
@@ -131,7 +130,7 @@ def collect(
     elif not learned:
         say("label: no labels; the reward of --reward needs none")
     else:
-        raise InputError(f"{run.folder}: no labels; python -m minialign.label {run.folder} takes them")
+        raise InputError(f"{run.folder}: no labels; collect them with python -m minialign.label {run.folder}")
 
 
 def check_world(run: Run, flags: dict[str, Any]) -> None:
@@ -157,7 +156,7 @@ def stored_prompts(folder: Path) -> list[str]:
     return stored_images(folder)[1] if (folder / "feedback.sqlite").is_file() else []
 
 
-def counted(folder: Path) -> tuple[int, int]:
+def count_feedback(folder: Path) -> tuple[int, int]:
     """The numbers of images in a run, and of labelled images and comparisons."""
     if not (folder / "feedback.sqlite").is_file():
         return 0, 0

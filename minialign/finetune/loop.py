@@ -198,7 +198,7 @@ def finetune(
             asked = any(gathered(stop.asked))  # among hosts: no device is waited for
             save = asked or last or done % s.checkpoint_every == 0
             if save or done % s.log_every == 0:
-                bad, row = read(done, state, rows, loss, errors, norm)
+                bad, row = step_metrics(done, state, rows, loss, errors, norm)
                 if bad < s.steps:
                     raise InputError(_not_finite(bad, s, data, sample_of(bad), folder))
                 log(row)
@@ -222,8 +222,8 @@ def backward(state: State, schedule: NoiseSchedule, data: TrainingData, sample: 
 
     The shares are of the loss, () and of the squared errors of model images and of pre-training pairs, (2,).
     """
-    s, (rank, world), device = state.settings, processes(), state.device
-    loss, errors, total = torch.zeros((), device=device), torch.zeros(2, device=device), world * s.accumulate
+    s, (rank, size), device = state.settings, processes(), state.device
+    loss, errors, total = torch.zeros((), device=device), torch.zeros(2, device=device), size * s.accumulate
     for i in range(s.accumulate):
         synchronise(state.network, now=i == s.accumulate - 1)
         batch = micro_batch(sample, rank * s.accumulate + i, total, data, s.beta, device)
@@ -234,7 +234,7 @@ def backward(state: State, schedule: NoiseSchedule, data: TrainingData, sample: 
     return loss, errors
 
 
-def read(
+def step_metrics(
     step: int, state: State, rows: tuple[int, int], loss: Tensor, errors: Tensor, norm: Tensor
 ) -> tuple[int, dict[str, Any]]:
     """The first step that was not finite (`steps` where there is none), and the row of the log after `step` steps.

@@ -151,12 +151,12 @@ def encode(
     cache: Path,
 ) -> TrainingData:
     """Latents of all images and contexts of all their prompts, computed once and kept in the folder `cache`."""
-    share = processes()
+    process = processes()
     kept = torch.float32 if settings["dtype"] == "float32" else torch.float16
-    options: dict[str, Any] = {"batch": settings["sampling_batch_size"], "dtype": kept, "share": share}
+    options: dict[str, Any] = {"batch": settings["sampling_batch_size"], "dtype": kept, "process": process}
     sources = [encode_pairs(pipe, images, cache, **options)]
     if isinstance(pretrain, str):
-        skipped = Skipped(folder / "skipped.jsonl", share)
+        skipped = Skipped(folder / "skipped.jsonl", process)
         sources.append(encode_pairs(pipe, pretrain, cache, **options, skipped=skipped, seed=settings["seed"]))
     elif pretrain is not None:
         sources.append(encode_pairs(pipe, pretrain, cache, **options))

@@ -20,7 +20,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ..engine.commands import Parser, in_range, plural, run_command
-from ..engine.settings import add_flags, add_run_flags, given
+from ..engine.settings import add_flags, add_redo, given
 from ..feedback import (
     LONGEST_NAME,
     SIMULATED,
@@ -40,6 +40,7 @@ from .server import Server
 
 TOKEN = "MINIALIGN_TOKEN"  # the environment variable; a command line can be read by every user of a machine
 GUIDE = 64 * 2**10  # bytes of a guide at most
+ANNOTATED = "with --annotator"  # title of a group of flags
 
 
 def _token(text: str, where: str) -> str:
@@ -80,7 +81,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--guide", type=Path, metavar="FILE.md", help=guide)
     enough = "stop asking for an image once N people have labelled it (default: everybody labels every image)"
     add("--labels-per-image", type=in_range(int, 1), metavar="N", help=enough)
-    add("--images", type=Path, metavar="FOLDER", help="a folder outside RUN from which images may be shown")
+    outside = "a folder outside RUN from which images may be shown"
+    add("--image-folder", type=Path, metavar="FOLDER", help=outside)
+    add("--images", type=Path, dest="image_folder", help=argparse.SUPPRESS)  # its older name
     add = parser.add_argument_group("comparison").add_argument
     other = "another run, or a folder of images with the same names: ask blind which image of two is better"
     add("--compare", type=Path, metavar="OTHER", help=other)
@@ -103,8 +106,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--annotator", action="store_true", help=program)
     add("--summary", action="store_true", help="print how many labels there are and how often labellers agree")
     add_reading_flags(parser)
-    add_run_flags(parser)
-    add_flags(parser, "label")
+    add_redo(add_flags(parser, "label", title=ANNOTATED)[ANNOTATED])
     return parser.parse_args(arguments)
 
 
@@ -122,7 +124,7 @@ def main() -> None:
         counted = [plural(count, what) for count, what in counts if count or what == "new label"]
         print(f"{args.run}: {', '.join(counted)} from {args.take}")
         return
-    there, roots = (args.run / "feedback.sqlite").is_file(), [args.images] if args.images else []
+    there, roots = (args.run / "feedback.sqlite").is_file(), [args.image_folder] if args.image_folder else []
     if not there and not (args.export or args.summary or args.compare) and begins(args.run):
         from .begun import begin
 
@@ -154,7 +156,7 @@ def check_flags(args: argparse.Namespace) -> None:
     """InputError for a flag that the command would ignore, or that names no folder."""
     if args.sets > 1 and args.compare is None:
         raise InputError(f"--sets {args.sets}: accepted only with --compare OTHER")
-    folders = {"--compare": args.compare, "--images": args.images}
+    folders = {"--compare": args.compare, "--image-folder": args.image_folder}
     for flag, folder in folders.items():
         if folder is not None and not folder.is_dir():
             raise InputError(f"{flag} {folder}: not a folder")
@@ -184,7 +186,7 @@ def annotate(args: argparse.Namespace) -> None:
     if not is_run(args.run):
         raise InputError(f"{args.run}: not a run; accepted: a run of generate")
     with opened(args.run) as run:
-        annotate_run(run, run.resolve(given(args), embedded=True), args.redo)
+        annotate_run(run, run.resolve(given(args), bundled=True), args.redo)
     print("\n".join(summary(args.run)))
 
 

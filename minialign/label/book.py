@@ -173,7 +173,7 @@ class LabelBook:
         try:
             path = (self.store.folder / name).resolve()
             if not any(path.is_relative_to(root) for root in self.roots):
-                raise Refused(403, f"the image is outside the run: {name}; accepted: --images FOLDER with its folder")
+                raise Refused(403, f"the image is outside the run: {name}; accepted: --image-folder with its folder")
             if not path.is_file():
                 raise Refused(410, f"the image is gone: {name}")
             with open(path, "rb") as file:

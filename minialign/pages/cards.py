@@ -274,7 +274,7 @@ def twice_as_many(curve: Mapping[str, Any]) -> str:
     )
     if gain["ci95"][0] <= 0:
         return f"Twice as many labels: no significant gain expected; {last}."
-    return f"Twice as many labels would bring about as much again or less, by extrapolation: {last}."
+    return f"Doubling the labels again should raise the AUC by at most about the same amount (extrapolated): {last}."
 
 
 def reward_card(reward: Mapping[str, Any]) -> str:

@@ -122,7 +122,7 @@ def unlike(band: Mapping[str, Any], config: Mapping[str, Any], settings: Mapping
     other = []
     for key in dict.fromkeys([*band["settings"], *mine["settings"]]):
         if key in BY_NAME:  # what one of them lacks is younger than it, and had its default
-            a, b = (one["settings"].get(key, BY_NAME[key].embedded) for one in (mine, band))
+            a, b = (one["settings"].get(key, BY_NAME[key].bundled) for one in (mine, band))
             other += [BY_NAME[key].flag] * (a != b)
     return f"other settings ({', '.join(other)})" if other else ""
 

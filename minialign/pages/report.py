@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from ..engine.commands import plural
-from ..engine.settings import command, shown
+from ..engine.settings import as_shell, command
 from ..files import atomic, read_json
 from ..measures import wilson_interval
 from ..prompts import CATEGORIES
@@ -384,10 +384,8 @@ def _changes(evaluation: Mapping[str, Any], usual: Mapping[str, Sequence[float]]
         table = evaluation["judged"][name]
         entries = [(table.get(model) or {}).get("overall") or {} for model in models]
         if any(entry.get("value") is not None for entry in entries):
-            aim = "\nwhat fine-tuning aimed at" * (name == "reward")
-            rows.append(
-                (_capital(judged_by(name)) + aim, *_cells(entries, is_fraction(name)), *beside(name, is_fraction(name)))
-            )
+            aim, percent = "\nwhat fine-tuning aimed at" * (name == "reward"), is_fraction(name)
+            rows.append((_capital(judged_by(name)) + aim, *_cells(entries, percent), *beside(name, percent)))
     truth = evaluation.get("reference") or "good images"
     for key, (title, meaning, percent) in COSTS.items():
         numbers = evaluation.get(key) or {}
@@ -568,10 +566,10 @@ pipe.generate(["a prompt"])[0].save("image.png")"""
 
 def _settings(run: Path, config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """The command that does the same again, and all settings."""
-    embedded = bool(config.get("world"))
-    words = re.sub(r"(?<= )--[a-z-]+", r"<span>\g<0></span>", escape(shown(command(settings, embedded, run))))
+    bundled = bool(config.get("world"))
+    words = re.sub(r"(?<= )--[a-z-]+", r"<span>\g<0></span>", escape(as_shell(command(settings, bundled, run))))
     note = "Settings that are not named have their defaults. This folder is finished: name another to repeat the run."
-    if not embedded:
+    if not bundled:
         note += " Add --feedback FILE with the labels (python -m minialign.label with --export FILE writes them)."
     rows = _flat({**config, "settings": settings})
     facts = "".join(

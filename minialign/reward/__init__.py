@@ -70,15 +70,15 @@ def learn(folder: Path, clip: CLIP, settings: dict[str, Any], log: Callable[[dic
     for name, weight in weights.items():
         models[name] = train(data, settings, weight, log if not models else lambda row: None)
     model = next(iter(models.values()))
-    measured = counted(data.labels, data.prompts, data.split, settings, data.compared)
-    measured["measured"] = judge_rewards(data, models)
+    measured = count_labels(data.labels, data.prompts, data.split, settings, data.compared)
+    measured["measured"] = measure_rewards(data, models)
     everything = torch.arange(len(data.images)), data.columns[:, :1]
     rewards = rewards_of(model, data.images, data.texts, *(rows.to(data.images.device) for rows in everything))
     write_reward(folder, model, measured, rewards[:, 0])
     return measured
 
 
-def counted(
+def count_labels(
     labels: Mapping[int, float],
     prompts: Mapping[int, object],
     split: Split,
@@ -105,7 +105,7 @@ def counted(
     return counts | ({"comparisons": sum(map(len, compared.values()))} if compared else {})
 
 
-def judge_rewards(data: Labelled, models: dict[str, RewardModel]) -> dict[str, dict[str, Any]]:
+def measure_rewards(data: Labelled, models: dict[str, RewardModel]) -> dict[str, dict[str, Any]]:
     """`measure` of each model, and of the raw CLIP score, on the held-out labels by SUBSETS; `ranked_right` of pairs.
 
     A logistic regression on the labels that were not held out brings the CLIP score to [0,1].
@@ -233,7 +233,7 @@ def score(folder: Path, rewards: Rewards, settings: dict[str, Any]) -> None:
         comparisons = read_comparisons(folder)
         known = {i: prompts[i] for i in with_feedback(labels, comparisons)}
         split, compared = split_feedback(known, labels, comparisons, settings["seed"])
-        measured = counted(labels, known, split, settings, compared) | {"measured": {}}
+        measured = count_labels(labels, known, split, settings, compared) | {"measured": {}}
     reward, terms, quality = score_images(rewards, [image.path for image in stored], prompts, labels, split, compared)
     measured["measured"]["given"] = quality
     write_json(folder / "reward" / "held_out.json", measured | {"terms": terms})

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..engine.commands import Parser, run_command
 from ..engine.processes import pick_device
 from ..engine.run import is_run, opened
-from ..engine.settings import add_flags, add_run_flags, given
+from ..engine.settings import add_run_flags, given
 from ..files import InputError
 from ..pages.cards import curve_table, reward_table
 from . import REWARDS, check_terms, learn_from_run, read_measured, read_terms
@@ -27,8 +27,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     written = "write each image's reward and weight for other trainers: a table (.csv, .tsv, .jsonl), or a folder"
     parser.add_argument("--export", type=Path, metavar="FILE", help=written)
     parser.add_argument("--curve", action="store_true", help="measure how the reward model improves with more labels")
-    add_run_flags(parser)
-    add_flags(parser, "reward")
+    add_run_flags(parser, "reward")
     return parser.parse_args(arguments)
 
 
@@ -41,7 +40,7 @@ def main() -> None:
         check_place(args.export)  # a mistake is reported before all work
     with opened(args.run) as run:
         flags = given(args)
-        settings = run.resolve(flags, embedded=bool(run.world))
+        settings = run.resolve(flags, bundled=bool(run.world))
         check_terms(read_terms(settings["reward"], args.run), named="reward" in flags)
         learn_from_run(run, settings, device, args.redo, args.curve)
         exported = args.export and export_rewards(run.folder, args.export, run.folder / REWARDS)

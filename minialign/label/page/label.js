@@ -175,9 +175,11 @@ async function finish() {
   item = null;
   if ($("zoom").open) $("zoom").close();
   showProgress(reply.progress);
-  const done = reply.progress.done.toLocaleString("en"), what = mode === "label" ? "images" : "pairs";
+  const { done } = reply.progress, number = done.toLocaleString("en");
+  const what = mode === "label" ? "image" : "pair", did = MODES[mode].done;
   const verdicts = enough === 1 ? "1 verdict" : `${enough} verdicts`;
-  const all = enough ? `all ${what} have ${verdicts} now; ${done} of them you have ${MODES[mode].done}.` : `you have ${MODES[mode].done} all ${done} ${what}.`;
+  const own = done === 1 ? `you have ${did} the only ${what}.` : `you have ${did} all ${number} ${what}s.`;
+  const all = enough ? `every ${what} has ${verdicts} now; you ${did} ${number} of them.` : own;
   $("total").textContent = `${labeller}, ${all}`;
   showSection("end");
   $("end").querySelector("h1").focus();
@@ -209,7 +211,7 @@ function giveVerdict(value) {
     const one = slot(), before = one.verdict, mine = item;
     const shown = mode === "label" ? item.shown[at] : item.shown.flat();
     if (value !== "skip" && shown.some((picture) => picture.error)) {
-      throw new Error(mode === "label" ? "The image cannot be shown: skip it." : "An image cannot be shown: press N for the next pair.");
+      throw new Error(mode === "label" ? "The image cannot be shown: skip it." : "An image cannot be shown: choose Forward for the next pair.");
     }
     await save(one, value);
     past.push({ item: mine, slot: one, at, before });
@@ -418,8 +420,8 @@ function setMode() {
   $("zoom-dock").replaceChildren(...verdictButtons(true));
   const keys = MODES[mode].verdicts.map((verdict) => [verdict.shown, verdict.name]);
   keys.push(...(mode === "label" ? [["← →", "choose an image (or 1 2 3)"]] : [["1 2", "choose the side to zoom"]]));
-  keys.push(["U", "undo the last verdict"], ["P", `previous ${mode === "label" ? "images" : "pair"}`]);
-  keys.push(["N", `next ${mode === "label" ? "images; those" : "pair; one"} without a verdict ${mode === "label" ? "come" : "comes"} back later`]);
+  keys.push(["U", "undo the last verdict"], ["P", `back to the previous ${mode === "label" ? "images" : "pair"}`]);
+  keys.push(["N", `forward to the next ${mode === "label" ? "images; those" : "pair; one"} without a verdict ${mode === "label" ? "come" : "comes"} back later`]);
   keys.push(["Z", mode === "label" ? "zoom in and out" : "zoom in and out; in the zoom ← → choose the side, L T R give the verdict"], ["?", "this help"]);
   $("list").replaceChildren(...keys.flatMap(([key, does]) => {
     const dt = document.createElement("dt");
