@@ -89,7 +89,8 @@ def by_group(items: Sequence[TestItem]) -> Iterator[tuple[str, list[int]]]:
 def labels_of(cell: Cell, labels: dict[int, float], prompts: Sequence[str], seed: int) -> dict[int, float]:
     """The labels that a cell's reward learns from: a fraction of each prompt's, as most of its labellers give them.
 
-    A smaller fraction is within a larger one; who errs with a small probability errs there with a larger one, too.
+    A smaller fraction is within a larger one; who errs with a small probability errs there with a larger one, too. One
+    labeller is the first of three.
     """
     rng, known = random.Random(seed), sorted(labels)
     rng.shuffle(known)
@@ -97,7 +98,7 @@ def labels_of(cell: Cell, labels: dict[int, float], prompts: Sequence[str], seed
     for i in known:
         of_prompt.setdefault(prompts[i], []).append(i)
     place = {i: (k + rng.random()) / len(same) for same in of_prompt.values() for k, i in enumerate(same)}
-    wrong = {i: [rng.random() < cell.flipped for _ in range(cell.labellers)] for i in known}
+    wrong = {i: [rng.random() < cell.flipped for _ in range(3)][: cell.labellers] for i in known}
     known.sort(key=lambda i: place[i])
     known = known[: max(8, round(cell.fraction * len(known)))]  # so few that --quick keeps should hold a good one
     return {i: labels[i] if 2 * sum(wrong[i]) < cell.labellers else 1 - labels[i] for i in known}
