@@ -35,6 +35,7 @@ LABELLERS = (SIMULATED, PEOPLE)  # they label images; the others give a number
 Score = Callable[[Sequence[Path], Sequence[str]], Tensor]  # of image files and their prompts: rewards (B,)
 FEATURES = Path("cache") / "features.safetensors"
 BUNDLED = "bundled"  # the source of the bundled model
+DISTANCES = 384  # images that distances to drawings are computed from, or all that can be read where they are fewer
 
 
 @dataclass(frozen=True)
@@ -139,11 +140,12 @@ def distances(
     """Frechet distance and CMMD of each model's images to good ones, their diversity and their readable fraction.
 
     Good ones are the image files `images`; else, with the bundled model, a fresh drawing of what each readable
-    image shows, as many of every model; else the images of the run that are labelled good. "reference" says which.
+    image shows, of DISTANCES images of every model; else the images of the run that are labelled good. "reference" says
+    which.
     """
     result: dict[str, Any] = {"reference": None, "frechet": {}, "cmmd": {}, "diversity": {}, "readable": {}}
     drawn = images is None and all(SIMULATED in side.values for side in sides)
-    number = min(sum(verdict != "skip" for verdict in side.verdicts) for side in sides)
+    number = min(DISTANCES, *(sum(verdict != "skip" for verdict in side.verdicts) for side in sides))
     target = None
     if drawn and number > 1:
         result["reference"] = f"fresh drawings of what the images show, {number} of each model"

@@ -237,12 +237,13 @@ def sets(here: World, folder: Path) -> Result:
         "random": (here.pool, random_rows),
         f"best {SET} of {POOL}": (here.pool, best_rows),
     }
+    places = {side.paths[i]: side.features[i] for side, rows in sides.values() for i in rows.flatten().tolist()}
+    are_clean = dict(zip(places, clean(list(places), torch.stack(list(places.values())), here.clip, here.seed)))
     values: dict[str, dict[str, Tensor]] = {"alignment": {}, "fidelity": {}}
     for name, (side, rows) in sides.items():
-        chosen = rows.flatten().tolist()
-        clean_values = clean([side.paths[i] for i in chosen], side.features[chosen], here.clip, here.seed)
         values["alignment"][name] = torch.tensor(side.values[SIMULATED])[rows]
-        values["fidelity"][name] = torch.tensor(clean_values).view(number, SET)
+        flat = [are_clean[side.paths[i]] for i in rows.flatten().tolist()]
+        values["fidelity"][name] = torch.tensor(flat).view_as(rows)
     tuned_, random_, best = sides
     result: Result = {"set prompts": number}
     for ours, theirs in ((tuned_, random_), (best, random_), (tuned_, best)):
