@@ -89,16 +89,35 @@ def judge_model(
     Run(place).remember(decides, world=pipe.world)
     pairs = [(item.prompt, item.seed) for item in items]
     paths = sample_to_folder(pipe, pairs, place / "images", **sampling(settings), title=f"sample, {name}")
-    own = pipe.world == WORLD
     del pipe  # the next one takes its memory
     store = FeedbackStore(place)
     try:
         rows = [(prompt, f"images/{path.name}", seed) for (prompt, seed), path in zip(pairs, paths)]
         store.add_images(rows, decides)
+    finally:
+        store.close()
+    return judge_images(run, name, source, place, items, clip, reward, score)
+
+
+def judge_images(
+    run: Run,
+    name: str,
+    source: str | None,
+    place: Path,
+    items: Sequence[TestItem],
+    clip: CLIP,
+    reward: RewardModel | None,
+    score: Score | None = None,
+) -> Judged:
+    """Judge the images of the items that `judge_model` has sampled into the folder `place`."""
+    store = FeedbackStore(place)
+    try:
         known = {image.path.name: image.id for image in store.images()}
         labels = store.labels()
     finally:
         store.close()
+    paths = sorted((place / "images").glob("*.png"))
+    own = Run(place).world == WORLD
     texts = [item.prompt for item in items]
     unique = list(dict.fromkeys(texts))
     image, table = features(run.folder / FEATURES, clip, paths, unique)
