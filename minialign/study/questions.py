@@ -161,7 +161,7 @@ def page(folder: Path, path: Path, seeds: Sequence[int], size: str) -> None:
     blocks["categories"] = ("Before and after, by category", categories_block(jobs))
     blocks["sets"] = (
         "Sets of images, won by two thirds of the raters",
-        sets_block(MATCHES, RATED, results, seeds),
+        sets_block(MATCHES, RATED, groups, results, seeds),
     )
     blocks |= {name: (question.title, block(name, question, results, seeds)) for name, question in asked.items()}
     figures = {name: partial(plot, question=question, results=results, seeds=seeds) for name, question in asked.items()}
