@@ -46,7 +46,7 @@ from minialign.study.cells import (
     clip_score,
     job_calls,
 )
-from minialign.study.filling import evaluated, labels_of, measured, point, relabelled
+from minialign.study.filling import evaluated, labels_of, measured, point, relabelled, sets
 from minialign.study.questions import SEEDS, findings, planned, questions
 
 
@@ -219,6 +219,45 @@ def test_a_point_is_of_all_images_by_group_and_its_fidelity_of_as_many_whatever_
     assert METRICS.keys() >= {metric.partition(",")[0] for metric in found} - {"fidelity images"}
     monkeypatch.setitem(SIZES, "tiny", {"distances": 15})
     assert point(here, side)["fidelity"] is None
+
+
+def test_sets_are_of_the_same_images_by_group_and_clean_by_one_rule(tmp_path, monkeypatch):
+    """Two prompts, POOL images of each: of the first the reward's best are good, of the second the random ones."""
+    items = [Item(text, i, (group,)) for text, group in (("a", "seen"), ("b", "new objects")) for i in range(POOL)]
+    paths = [tmp_path / f"{i}.png" for i in range(2 * POOL)]
+    good = [float(i >= POOL - SET) for i in range(POOL)] + [float(i < SET) for i in range(POOL)]
+    values = {SIMULATED: good, "reward": [i % POOL / POOL for i in range(2 * POOL)]}
+    pool = Judged("", "", tmp_path, paths, torch.zeros(2 * POOL, 1), values, [], None)
+    asked = []
+
+    def judge_model(run, name, source, load, items, *how):  # the fine-tuned model: all good, and none of them clean
+        assert [item.prompt for item in items] == ["a"] * SET + ["b"] * SET
+        return Judged("", "", tmp_path, [tmp_path / f"tuned {item.prompt}{i}.png" for i, item in enumerate(items)],
+                      torch.ones(2 * SET, 1), {SIMULATED: [1.0] * 2 * SET}, [], None)  # fmt: skip
+
+    def clean(paths, features, *how):
+        asked.append(paths)
+        assert features.flatten().tolist() == [float(path.name[0] == "t") for path in paths]
+        return [float(path.name[0] != "t") for path in paths]
+
+    monkeypatch.setattr("minialign.study.filling.judge_model", judge_model)
+    monkeypatch.setattr("minialign.study.filling.clean", clean)
+    here: Any = SimpleNamespace(
+        seed=0, folder=tmp_path, pool_items=items, pool=pool, settings={}, clip=None, reward=None
+    )
+    found = sets(here, tmp_path)
+    assert found["set prompts"] == found["distinct prompts"] == 2
+    assert [len(set(one)) for one in asked] == [6 * SET]  # each image once, all by one threshold
+
+    def outcome(match, what, group=""):
+        return [found[f"{match}; {what}; {SIMULATED}; {end}{group}"] for end in ("won", "tied", "lost", "n")]
+
+    best = f"best {SET} of {POOL}"
+    assert outcome(f"{best} against random", "alignment") == [0.5, 0, 0.5, 2]
+    assert outcome(f"{best} against random", "alignment", ", seen") == [1, 0, 0, 1]
+    assert outcome(f"{best} against random", "alignment", ", new objects") == [0, 0, 1, 1]
+    assert outcome("tuned against random", "alignment") == [0.5, 0.5, 0, 2]
+    assert outcome(f"tuned against {best}", "fidelity") == [0, 0, 1, 2]
 
 
 @pytest.fixture

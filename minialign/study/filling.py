@@ -239,8 +239,8 @@ def sets(here: World, folder: Path) -> Result:
     number, count = len(here.pool_items) // POOL, torch.arange(len(here.pool_items) // POOL)[:, None]
     random_rows = POOL * count + torch.arange(SET)
     items = [here.pool_items[i] for i in random_rows.flatten()]
-    pipe = Pipeline.from_pretrained(here.folder / "model")
-    after = judge_model(Run(folder), "tuned", None, lambda: pipe, items, here.settings, here.clip, here.reward)
+    load = partial(Pipeline.from_pretrained, here.folder / "model")
+    after = judge_model(Run(folder), "tuned", None, load, items, here.settings, here.clip, here.reward)
     rewards = torch.tensor(here.pool.values[REWARD]).view(number, POOL)
     best_rows = POOL * count + rewards.topk(SET, dim=1).indices.sort(dim=1).values
     sides = {
