@@ -112,7 +112,7 @@ def contrasts(values: Tensor, reference: int, apart: Sequence[int] = ()) -> list
     """
     alike = [i for i in range(len(values)) if i not in apart]
     rows, blocks = values[alike], values.shape[1]
-    freedom = (len(alike) - 1) * (blocks - 1)
+    freedom = max(1, (len(alike) - 1) * (blocks - 1))  # the reference alone has no residuals
     residuals = rows - rows.mean(1, keepdim=True) - rows.mean(0) + rows.mean()
     results = []
     for i, difference in enumerate((values.mean(1) - values[reference].mean()).tolist()):

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import command
@@ -267,14 +268,34 @@ def test_clean_images_look_like_drawings_of_what_they_show(clip, tmp_path):
     assert set(found[0] + found[1]) == {0.0, 1.0} and found[1][3] == 0
     assert sum(found[0]) >= 0.85 * 40 > 0.5 * 40 > sum(found[1])
 
+    mixed = []  # objects of a color that is none of the palette's: each of their drawings has another one
+    for i, image in enumerate(drawings(["one red circle in the snow"] * 40, seed=6)):
+        pixels = np.array(image)
+        pixels[pixels[..., 1] < 120] = 20, 150, 20
+        mixed.append(tmp_path / f"{i}.png")
+        Image.fromarray(pixels).save(mixed[-1])
+    paths = [tmp_path / "spoilt" / f"{i}.png" for i in range(40)] + mixed
+    features = embed_images(clip, [Image.open(path).convert("RGB") for path in paths])
+    assert clean(paths, features, clip, 0)[:40] == clean(
+        paths[:40], features[:40], clip, 0
+    )  # the threshold is as before
+    assert clean(mixed, features[40:], clip, 0) == [0] * 40
+
 
 def test_sets_are_compared_by_kind_rater_and_group(clip, tmp_path, monkeypatch):
     items = items_of("aabbcc", *[("seen",)] * 4, *[("new objects",)] * 2)
     annotated = {"A": [1.0, 0, 0, 0, 1, 1], "B": [1.0, 1, 0, 0, 0, 1]}
     people = {"A": [1.0, 0, 0, 0, 1, None], "B": [1.0, 1, 0, 0, 0, 1]}
     sides = [side(name, simulated_annotator=annotated[name], people=people[name]) for name in annotated]
-    monkeypatch.setattr("minialign.evaluate.sets.clean", lambda paths, *how: [float(paths[0].name[0] == "A")] * 6)
+    asked = []
+
+    def clean_of_a(paths, *how):
+        asked.append(paths)
+        return [float(path.name[0] == "A") for path in paths]
+
+    monkeypatch.setattr("minialign.evaluate.sets.clean", clean_of_a)
     found = compared_sets(sides, items, 2, clip, 0)
+    assert [len(paths) for paths in asked] == [12]  # both sides by one threshold
     assert found["size"] == 2 and set(found["compared"]) == {"alignment", "fidelity"}
     alone = found["compared"]["alignment"]["simulated annotator"]["B"]
     assert alone["overall"] == {"won": 1 / 3, "tied": 1 / 3, "lost": 1 / 3, "n": 3}
@@ -402,7 +423,9 @@ def test_a_reference_is_a_folder_of_images(tmp_path, clip, capsys):
             reference_images(wrong)
 
 
-def test_distances_of_the_embedded_world_are_to_drawings_of_as_many_readable_images_of_each_model(clip, tmp_path):
+def test_distances_of_the_embedded_world_are_to_drawings_of_as_many_readable_images_of_each_model(
+    clip, tmp_path, monkeypatch
+):
     run, items = run_of(tmp_path / "run", SEEN[:6]), [TestItem(text, 0, ()) for text in SEEN[:6]]
     paths = sorted((run.folder / "images").iterdir())
     sides = []
@@ -415,6 +438,9 @@ def test_distances_of_the_embedded_world_are_to_drawings_of_as_many_readable_ima
     expected = frechet_distance(sides[1].features[chosen], embed_images(clip, again))
     assert found["frechet"]["B"] == pytest.approx(expected) and found["frechet"]["A"] > 0
     assert found["reference"] == "fresh drawings of what the images show, 4 of each model"
+    monkeypatch.setattr("minialign.evaluate.judges.DISTANCES", 3)
+    fewer = distances(run, None, sides, items, clip, 3)
+    assert fewer["reference"].endswith("3 of each model") and fewer["frechet"]["B"] != found["frechet"]["B"]
     sides[1] = replace(sides[1], verdicts=["skip"] * 5 + ["bad"])  # too few to say anything of
     found = distances(run, None, sides, items, clip, 3)
     assert found["reference"] is None and found["frechet"] == found["cmmd"] == {"A": None, "B": None}

@@ -93,11 +93,15 @@ def small_data(pairs: bool = True) -> TrainingData:
 
 
 def test_a_step_is_sampled_from_seed_and_step_alone():
-    data, how = small_data(), {"rows": (4, 2), "timesteps": 100, "prompt_dropout": 0.5, "noise_offset": 0.1, "seed": 3}
+    data, how = small_data(), {"rows": (4, 2), "timesteps": 100, "prompt_dropout": 0.5, "noise_offset": 0.1, "seed": 4}
     samples = [vars(sample_step(step, data, **how)) for step in (0, 1, 2, 1)]
     for name, first in samples[1].items():
         assert torch.equal(first, samples[3][name])
         assert name == "factors" or not torch.equal(first, samples[2][name])
+    evenly = vars(sample_step(1, data, **how, image_sampling="uniform"))
+    for name in ("latents", "noise", "t", "no_prompt"):  # however rows are sampled
+        assert torch.equal(evenly[name], samples[1][name])
+    assert not torch.equal(evenly["model_images"], samples[1]["model_images"])
     pairs = torch.cat([sample["pairs"] for sample in samples[:3]])
     assert pairs[:3].sort().values.tolist() == pairs[3:].sort().values.tolist() == [0, 1, 2]  # each once an epoch
 
@@ -163,7 +167,7 @@ def test_micro_batches_make_the_step(total):
     latents = zip(rows, sample.latents)
     x0 = torch.stack([images.mean[i] + images.std[i] * latent for (images, i), latent in latents])
     prompts = [4 if dropped else int(images.row[i]) for (images, i), dropped in zip(rows, sample.no_prompt)]
-    assert prompts[:5] == [1, 4, 4, 3, 4]  # the last prompt of all is the empty one
+    assert prompts[:5] == [0, 0, 4, 4, 0]  # the last prompt of all is the empty one
     context, factors = data.context[0][prompts], data.weight.mean().expand(7)
     expected = by_hand(0.7, x0, sample.noise, sample.t, context, factors, torch.arange(7) >= 5, 0.3, "epsilon")
     mean = sum(loss.item() for loss in losses) / total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -12,8 +13,9 @@ import torch
 from made_up import results
 from PIL import Image
 
+from minialign.evaluate.sets import NOISY
 from minialign.files import InputError
-from minialign.measures import Contrast, contrasts, holm
+from minialign.measures import Contrast, contrasts, holm, student_t
 from minialign.pages.study_page import (
     Finding,
     Question,
@@ -64,19 +66,36 @@ def test_the_table_gives_means_and_intervals_of_differences_corrected_for_their_
         lines[-1].startswith("Corrected for 6 comparisons (Holm). Half-width")
         and f"alignment: {half:.1f} points" in lines[-1]
     )
+
+    for seed in SEEDS:  # a row without a number takes none from the other rows
+        del found["scored", seed]["aligned"]
+    found["default", 1]["fidelity"] = None  # the reference's: there is nothing to compare with
+    lines = table(question, found, SEEDS).split("\n")
+    two = contrasts(torch.tensor([numbers[row.cell] for row in rows[:3]]).double(), 1, [0])
+    assert f"({100 * two[2].low:+.1f} to {100 * two[2].high:+.1f})" in lines[4]
+    assert lines[5] == "| c | – | 7.03 | 0.250 |" and "nan" not in "\n".join(lines)
+    assert lines[2].split(" | ")[2] == "4.23" and lines[3].split(" | ")[2] == "–"
+    half = 100 * (two[2].high - two[2].low) / 2
+    assert lines[-1].startswith("Corrected for 2 comparisons (Holm). Half-width") and f"{half:.1f} points" in lines[-1]
+    for seed in SEEDS:
+        del found["plain", seed]["aligned"]
+    lines = table(question, found, SEEDS).split("\n")
+    alone = contrasts(torch.tensor([numbers[row.cell] for row in rows[:2]]).double(), 1)[0]
+    assert f"{100 * alone.low:+.1f} to {100 * alone.high:+.1f}" in lines[2]  # with a row apart alone: the paired t test
+    assert lines[-1] == "Corrected for 1 comparisons (Holm)."
     assert formatted(0.1234, "aligned, seen", signed=True) == "+12.3" and formatted(0.5, "auc, seen") == "0.500"
     assert title("aligned, new objects") == "aligned, new objects ↑" and title("calls") == "UNet passes"
     assert formatted(15360.0, "calls") == "15,360"
 
 
 def test_the_verdict_is_by_the_rule():
-    up, down, same = (Finding("Fig. 1", "claim", ("a", "aligned"), ("b", "aligned"), sign) for sign in (1, -1, 0))
+    up, down, no_loss = (Finding("Fig. 1", "claim", ("a", "aligned"), ("b", "aligned"), sign) for sign in (1, -1, 0))
     clear, unclear = Contrast(0.1, 0.05, 0.15, 0.001), Contrast(0.02, -0.03, 0.07, 0.3)
     assert (verdict(up, clear, 0.01), verdict(down, clear, 0.01)) == ("reproduces", "does not")
     assert verdict(up, clear, 0.06) == verdict(down, unclear, 0.3) == "cannot be told"  # corrected, it is not clear
-    assert verdict(same, Contrast(0.01, -0.02, 0.04, 0.3), 1) == "reproduces"  # within five points
-    assert verdict(same, Contrast(0.1, 0.06, 0.14, 0.01), 1) == "does not"
-    assert verdict(same, unclear, 1) == verdict(same, Contrast(0.04, 0.02, 0.06, 0.01), 1) == "cannot be told"
+    assert verdict(no_loss, unclear, 1) == verdict(no_loss, Contrast(0.3, 0.2, 0.4, 0.01), 1) == "reproduces"
+    assert verdict(no_loss, Contrast(-0.1, -0.14, -0.06, 0.01), 1) == "does not"  # a loss of more than five points
+    assert verdict(no_loss, Contrast(-0.04, -0.08, 0.0, 0.05), 1) == "cannot be told"
     assert verdict(up, Contrast(math.nan, math.nan, math.nan, 1), 1) == "cannot be told"
 
 
@@ -86,15 +105,18 @@ def test_findings_are_differences_within_seeds():
     asked = [Finding("Fig. 1", "up", ("a", "aligned"), ("b", "aligned"), 1),
              Finding("Fig. 2", "down", ("a", "aligned"), ("c", "aligned"), -1),
              Finding("Fig. 3", "same", ("c", "aligned"), ("b", "aligned"), 0)]  # fmt: skip
-    judged = judged_findings(asked, found, SEEDS)
-    for (finding, one, _), (cell, other) in zip(judged, (("a", "b"), ("a", "c"), ("c", "b"))):
+    asked += [Finding("Fig. 4", "unknown", ("a", "aligned"), ("b", "fidelity"), 1)]
+    judged, number = judged_findings(asked, found, SEEDS)
+    for (finding, means, one, _), (cell, other) in zip(judged, (("a", "b"), ("a", "c"), ("c", "b"))):
         expected = contrasts(torch.tensor([numbers[other], numbers[cell]]).double(), 0)[1]  # the paired t test
         assert one == pytest.approx(expected), finding
-    assert [said for *_, said in judged] == ["reproduces", "does not", "reproduces"]
+        assert means == pytest.approx((sum(numbers[cell]) / 3, sum(numbers[other]) / 3))
+    assert [said for *_, said in judged] == ["reproduces", "does not", "reproduces", "cannot be told"]
     text = findings_block(asked, found, SEEDS)
-    first = judged[0][1]
-    assert f"| Fig. 1 | up | +9.7 points ({100 * first.low:+.1f} to {100 * first.high:+.1f}) | reproduces |" in text
-    assert text.endswith("Corrected for 2 comparisons (Holm).")
+    first = judged[0].ours
+    span = f"({100 * first.low:+.1f} to {100 * first.high:+.1f})"
+    assert f"| Fig. 1 | up | 60.0 %, 50.3 % | +9.7 points {span} | reproduces |" in text
+    assert number == 2 and text.endswith("Corrected for 2 comparisons (Holm).") and "nan" not in text
 
 
 def test_the_words_beside_the_tables_stay(tmp_path):
@@ -120,8 +142,11 @@ def test_the_main_jobs_stand_in_one_table():
     (_, low, high, _) = contrasts(torch.tensor([[0.481] * 3, [0.70, 0.73, 0.76]]).double(), 0)[1]
     assert f"| aligned, overall | 48.1 % | 73.0 % | +24.9 ({100 * low:+.1f} to {100 * high:+.1f}) |" in text
     assert "| aligned, new objects | 35.2 % | 61.1 % | +25.9 (+25.9 to +25.9) |" in text
-    assert "| Fréchet distance ↓ | 3.41 | 4.09 | +0.68 (+0.68 to +0.68) |" in text
+    assert "| Fréchet distance ↓ (fresh drawings of the prompts) | 3.41 | 4.09 | +0.68 (+0.68 to +0.68) |" in text
+    assert "| saturation | 0.401 | 0.424 | +0.023 (+0.023 to +0.023) |" in text and "| brightness | 0.655 |" in text
     assert "| reward ↑ | 0.412 | 0.683 |" in text and "readable" not in text
+    jobs[2]["evaluation"]["reference"] = "fresh drawings of the prompts, fewer"
+    assert "Fréchet" not in categories_block(jobs)  # of unequal numbers of images
 
 
 def test_own_intervals_are_students_and_stay_within_reach():
@@ -150,14 +175,16 @@ def made_up_study(folder: Path, groups: list[str]) -> None:
             found = {metric: value + rng.gauss(0, 0.02) for metric, value in middle.items()}
             found |= {"fidelity images": 512, "calls": 15360, "seconds": 60.0}
             if name == "sets":
-                found = {"set prompts": 96, "seconds": 60.0}
-                for one in sets:
+                found = {"set prompts": 96, "distinct prompts": 90 - seed, "seconds": 60.0}
+                for one, group in itertools.product(sets, ("", *(f", {group}" for group in groups))):
                     found |= {
-                        f"{one}; won": 0.4 + 0.1 * rng.random(),
-                        f"{one}; tied": 0.3,
-                        f"{one}; lost": 0.2,
-                        f"{one}; n": 96,
+                        f"{one}; won{group}": 0.4 + 0.02 * (seed - 1) + (0.1 if group else 0),
+                        f"{one}; tied{group}": 0.3,
+                        f"{one}; lost{group}": 0.2,
+                        f"{one}; n{group}": 96,
                     }
+            if name == "scored" and seed == 0:  # of too few readable images
+                found["fidelity"] = None
             if name == "lambda-2-temperature-2":
                 found = {metric: value for metric, value in found.items() if metric[:3] in ("pai", "auc", "ece", "sec")}
             path = folder / name / f"seed-{seed}" / "result.json"
@@ -180,5 +207,14 @@ def test_the_page_has_every_question_and_figures_as_wide_as_a_readme_at_twice_th
         assert f"](study-{name}.png)" in text and f"<!-- end of {name} -->" in text
     assert text.index("<!-- measured: findings -->") < text.index("<!-- measured: setting -->")  # at the top
     assert "half of the images a prompt are worse; prompts: new objects" in text
-    assert "| fine-tuned against the base model | fidelity | the annotator alone | " in text
+    match = "| fine-tuned against the base model | fidelity |"
+    half = 100 * student_t(2) * 0.02 / math.sqrt(3)
+    won = f"40.0 % ({40 - half:.1f} % to {40 + half:.1f} %)"
+    assert (
+        f"{match} the annotator alone | all | {won} | 30.0 % (30.0 % to 30.0 %) | 20.0 % (20.0 % to 20.0 %) | 10"
+        in text
+    )
+    assert f"{match} {RATED[NOISY]} | new objects | 50.0 % (" in text and "At least 88 of the 96 prompts" in text
+    assert "| alignment of sets of four: 50 % won, 3 % lost | won 40.0 %, lost 20.0 % | +20.0 points (" in text
+    assert "nan" not in text
     assert "aligned, new combinations ↑" in text and "(goal: 4)" in text and "million passes of the UNet" in text

@@ -26,6 +26,9 @@ def test_prompts_for_feedback_for_tests_and_of_pairs_are_apart():
     right = annotate([image for _, image in pairs], [text for text, _ in pairs]).count("good") / 200
     clean = pretraining_pairs(200, 3, clean=True)
     assert [text for text, _ in clean] == [text for text, _ in pairs]  # the same captions, with nothing wrong
+    verdicts = annotate([image for _, image in pairs], [text for text, _ in pairs])
+    alike = [image.tobytes() == other.tobytes() for (_, image), (_, other) in zip(pairs, clean)]
+    assert all(one for one, verdict in zip(alike, verdicts) if verdict == "good") and not all(alike)
     assert annotate([image for _, image in clean], [text for text, _ in clean]).count("good") / 200 > 0.95
     assert 0.15 < right < 0.5  # 0.6 of the counts and colors, 0.4 of the backgrounds, 0.144 of the combinations
 

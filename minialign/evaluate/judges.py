@@ -35,6 +35,7 @@ LABELLERS = (SIMULATED, PEOPLE)  # they label images; the others give a number
 Score = Callable[[Sequence[Path], Sequence[str]], Tensor]  # of image files and their prompts: rewards (B,)
 FEATURES = Path("cache") / "features.safetensors"
 BUNDLED = "bundled"  # the source of the bundled model
+DISTANCES = 384  # images that distances to drawings are computed from, or all that can be read where they are fewer
 
 
 @dataclass(frozen=True)
@@ -88,16 +89,35 @@ def judge_model(
     Run(place).remember(decides, world=pipe.world)
     pairs = [(item.prompt, item.seed) for item in items]
     paths = sample_to_folder(pipe, pairs, place / "images", **sampling(settings), title=f"sample, {name}")
-    own = pipe.world == WORLD
     del pipe  # the next one takes its memory
     store = FeedbackStore(place)
     try:
         rows = [(prompt, f"images/{path.name}", seed) for (prompt, seed), path in zip(pairs, paths)]
         store.add_images(rows, decides)
+    finally:
+        store.close()
+    return judge_images(run, name, source, place, items, clip, reward, score)
+
+
+def judge_images(
+    run: Run,
+    name: str,
+    source: str | None,
+    place: Path,
+    items: Sequence[TestItem],
+    clip: CLIP,
+    reward: RewardModel | None,
+    score: Score | None = None,
+) -> Judged:
+    """Judge the images of the items that `judge_model` has sampled into the folder `place`."""
+    store = FeedbackStore(place)
+    try:
         known = {image.path.name: image.id for image in store.images()}
         labels = store.labels()
     finally:
         store.close()
+    paths = sorted((place / "images").glob("*.png"))
+    own = Run(place).world == WORLD
     texts = [item.prompt for item in items]
     unique = list(dict.fromkeys(texts))
     image, table = features(run.folder / FEATURES, clip, paths, unique)
@@ -139,11 +159,12 @@ def distances(
     """Frechet distance and CMMD of each model's images to good ones, their diversity and their readable fraction.
 
     Good ones are the image files `images`; else, with the bundled model, a fresh drawing of what each readable
-    image shows, as many of every model; else the images of the run that are labelled good. "reference" says which.
+    image shows, of DISTANCES images of every model; else the images of the run that are labelled good. "reference" says
+    which.
     """
     result: dict[str, Any] = {"reference": None, "frechet": {}, "cmmd": {}, "diversity": {}, "readable": {}}
     drawn = images is None and all(SIMULATED in side.values for side in sides)
-    number = min(sum(verdict != "skip" for verdict in side.verdicts) for side in sides)
+    number = min(DISTANCES, *(sum(verdict != "skip" for verdict in side.verdicts) for side in sides))
     target = None
     if drawn and number > 1:
         result["reference"] = f"fresh drawings of what the images show, {number} of each model"

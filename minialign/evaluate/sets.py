@@ -19,7 +19,7 @@ from ..feedback import SIMULATED
 from ..measures import two_thirds
 from ..models.clip import CLIP
 from ..models.reward import embed_images
-from ..shapes.world import shown
+from ..shapes.world import GRAMMAR, read, shown
 from .judges import PEOPLE, Judged, TestItem
 
 RATERS, WRONG = 9, 0.1  # nine as in the paper; each errs on an image with this probability
@@ -56,17 +56,21 @@ def clean(paths: Sequence[Path], features: Tensor, clip: CLIP, seed: int) -> lis
     """1 for an image that looks like a fresh drawing of what it shows, 0 for another and for one that is unreadable.
 
     It looks like one where its row of the CLIP features (N,E) is as near to those of fresh drawings of what it shows as
-    19 of 20 of these drawings are to one another.
+    19 of 20 of these drawings are to one another. This one threshold is of all the images together, so what is compared
+    is asked for in one call. Images of none or several of the palette's colors do not count in it: their drawings,
+    each of another color, are far apart.
     """
     pictures = [open_image(path) for path in paths]
     again = [shown(pictures, 1000 * seed + k) for k in range(DRAWN)]
     readable = [i for i, image in enumerate(again[0]) if image is not None]
-    if not readable:
+    scenes = [scene for scene in map(read, pictures) if scene is not None]
+    plain = [k for k, scene in enumerate(scenes) if scene.color in GRAMMAR.colors]
+    if not plain:
         return [0.0] * len(pictures)
     drawn = torch.stack([embed_images(clip, [image for image in one if image is not None]) for one in again])
     unit = torch.nn.functional.normalize(drawn, dim=-1)
     others = unit.sum(0) - unit  # (K,R,E): of each drawing the others
-    least = torch.cosine_similarity(unit, others, dim=-1).flatten().quantile(1 - NEAREST)
+    least = torch.cosine_similarity(unit, others, dim=-1)[:, plain].flatten().quantile(1 - NEAREST)
     near = torch.cosine_similarity(features[readable].to(unit.device), others[0], dim=-1) >= least
     values = [0.0] * len(pictures)
     for i, one in zip(readable, near.tolist()):
@@ -90,7 +94,9 @@ def compared_sets(
     values: dict[tuple[str, str], Sequence[Sequence[float | None] | None]]
     values = {("alignment", name): [side.values.get(name) for side in sides] for name in (SIMULATED, PEOPLE)}
     if all(SIMULATED in side.values for side in sides):
-        values["fidelity", SIMULATED] = [clean(side.paths, side.features, clip, seed) for side in sides]
+        paths = [path for side in sides for path in side.paths]
+        together = clean(paths, torch.cat([side.features for side in sides]), clip, seed)
+        values["fidelity", SIMULATED] = [together[k : k + len(items)] for k in range(0, len(paths), len(items))]
     groups = ["overall", *dict.fromkeys(name for item in items for name in item.groups)]
     compared: dict[str, Any] = {}
     for (kind, rater), (base, *others) in values.items():

@@ -77,7 +77,8 @@ def sample_step(
     """
     g = generator(seed, 5, step)
     (model_rows, pair_rows), batch = rows, sum(rows)
-    chosen, factors = SAMPLINGS[image_sampling](data.weight, model_rows, g)
+    # of their own generator: however rows are sampled, the rest of a step is the same
+    chosen, factors = SAMPLINGS[image_sampling](data.weight, model_rows, generator(seed, 8, step))
     others = torch.arange(step * pair_rows, (step + 1) * pair_rows)
     if data.pairs is not None and pair_rows:
         others = shuffled(others, len(data.pairs.row), seed)

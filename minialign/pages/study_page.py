@@ -29,7 +29,7 @@ class Row:
     cell: str
     x: float | None = None
     series: str = ""
-    apart: bool = False  # nothing was fine-tuned: its variance over seeds is another than the other rows'
+    apart: bool = False  # nothing was learned in it, so its variance over seeds is another than the other rows'
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Question:
 class Finding:
     """What the paper found: `one` less `other`, each a cell and its metric, is above 0 (expected 1) or below it (-1).
 
-    With `expected` 0 the paper found no difference: none of more than `margin` counts as the same.
+    With `expected` 0 the paper found no loss: one of less than `margin` counts as none.
     """
 
     source: str
@@ -128,10 +128,17 @@ def formatted(value: float, metric: str, signed: bool = False) -> str:
 
 
 def compared(numbers: Tensor, rows: Sequence[Row], reference: int) -> list[Contrast]:
-    """Each row's difference from the reference's; no number where one is missing or all are planned (UNet passes)."""
-    if numbers.isnan().any() or not (numbers != numbers[:, :1]).any():
-        return [Contrast(math.nan, math.nan, math.nan, 1.0)] * len(rows)
-    return contrasts(numbers, reference, [i for i, row in enumerate(rows) if row.apart])
+    """Each row's difference from the reference's; no number of a row without all of its own, or if all are planned.
+
+    UNet passes are planned: they are the same for all seeds.
+    """
+    result = [Contrast(math.nan, math.nan, math.nan, 1.0)] * len(rows)
+    known = [i for i in range(len(rows)) if not numbers[i].isnan().any()]
+    if reference in known and (numbers[known] != numbers[known][:, :1]).any():
+        apart = [k for k, i in enumerate(known) if rows[i].apart]
+        for i, one in zip(known, contrasts(numbers[known], known.index(reference), apart)):
+            result[i] = one
+    return result
 
 
 def table(question: Question, results: Results, seeds: Sequence[int]) -> str:
@@ -164,9 +171,14 @@ def width(question: Question, differences: Sequence[Sequence[Contrast]]) -> str:
     """The half-width of the intervals of differences in alignment, which rows that are alike share, beside its goal."""
     if "aligned" not in question.metrics:
         return ""
-    of_rows = differences[list(question.metrics).index("aligned")]
-    one = next(one for i, one in enumerate(of_rows) if i != question.reference and not question.rows[i].apart)
-    half = 100 * (one.high - one.low) / 2
+    halves = [
+        100 * (one.high - one.low) / 2
+        for i, one in enumerate(differences[list(question.metrics).index("aligned")])
+        if i != question.reference and not question.rows[i].apart and not math.isnan(one.low)
+    ]
+    if not halves:
+        return ""
+    half = halves[0]
     return f" Half-width of the intervals of differences in alignment: {half:.1f} points (goal: {100 * GOAL:.0f})."
 
 
@@ -187,8 +199,7 @@ def verdict(finding: Finding, one: Contrast, p: float) -> str:
     """The rule: "reproduces" or "does not" where the data show it, else "cannot be told".
 
     A difference reproduces where its corrected p value is below 5 % and its sign is the paper's, and does not where the
-    sign is the other one. No difference reproduces where the interval lies within the margin, and does not where it
-    lies outside of it.
+    sign is the other one. No loss reproduces where the interval lies above -margin, and does not where it lies below.
     """
     if math.isnan(one.difference):
         return "cannot be told"
@@ -196,56 +207,86 @@ def verdict(finding: Finding, one: Contrast, p: float) -> str:
         if p >= 0.05:
             return "cannot be told"
         return "reproduces" if one.difference * finding.expected > 0 else "does not"
-    if -finding.margin < one.low and one.high < finding.margin:
+    if one.low > -finding.margin:
         return "reproduces"
-    return "does not" if one.low > finding.margin or one.high < -finding.margin else "cannot be told"
+    return "does not" if one.high < -finding.margin else "cannot be told"
+
+
+class JudgedFinding(NamedTuple):
+    """A finding with its two means and their difference here, and the verdict."""
+
+    finding: Finding
+    means: tuple[float, float]
+    ours: Contrast
+    verdict: str
 
 
 def judged_findings(
     findings: Sequence[Finding], results: Results, seeds: Sequence[int]
-) -> list[tuple[Finding, Contrast, str]]:
-    """Each finding with its difference here and the verdict; p values are corrected for all findings with a sign."""
+) -> tuple[list[JudgedFinding], int]:
+    """All findings judged, and the number of those with a sign, for which their p values are corrected."""
     sides = [
-        [values(results, [Row("", cell)], metric, seeds)[0] for cell, metric in (finding.one, finding.other)]
-        for finding in findings
+        torch.stack([values(results, [Row("", cell)], metric, seeds)[0] for cell, metric in (one.one, one.other)])
+        for one in findings
     ]
     ours = [mean_of(one - other) for one, other in sides]
     signed = [i for i, finding in enumerate(findings) if finding.expected and not math.isnan(ours[i].difference)]
     corrected = dict(zip(signed, holm([ours[i].p for i in signed])))
-    return [
-        (finding, one, verdict(finding, one, corrected.get(i, 1.0)))
-        for i, (finding, one) in enumerate(zip(findings, ours))
-    ]
+    judged = []
+    for i, finding in enumerate(findings):
+        one, other = sides[i].mean(1).tolist()
+        said = verdict(finding, ours[i], corrected.get(i, 1.0))
+        judged.append(JudgedFinding(finding, (one, other), ours[i], said))
+    return judged, len(signed)
 
 
 def findings_block(findings: Sequence[Finding], results: Results, seeds: Sequence[int]) -> str:
-    """The paper's findings beside ours, and a verdict on each, in Markdown."""
-    lines = ["| the paper |  | here: difference | verdict |", "| --- | --- | --- | --- |"]
-    for finding, one, said in judged_findings(findings, results, seeds):
+    """The paper's findings beside ours, both numbers of each, and a verdict on each, in Markdown."""
+    lines = ["| the paper |  | here | difference | verdict |", "| --- | --- | --- | --- | --- |"]
+    judged, number = judged_findings(findings, results, seeds)
+    for finding, means, ours, said in judged:
+        both = [
+            f"{metric.rpartition('; ')[2]} {formatted(mean, metric)}" if "; " in metric else formatted(mean, metric)
+            for mean, (_, metric) in zip(means, (finding.one, finding.other))
+        ]
         metric = finding.one[1]
-        mean, low, high = (formatted(x, metric, True) for x in one[:3])
+        difference, low, high = (formatted(x, metric, True) for x in ours[:3])
         unit = " points" if kind(metric).digits == 0 else ""
-        lines.append(f"| {finding.source} | {finding.claim} | {mean}{unit} ({low} to {high}) | {said} |")
-    signed = sum(finding.expected != 0 for finding in findings)
-    return "\n".join(lines) + f"\n\nCorrected for {signed} comparisons (Holm)."
+        cells = [finding.source, finding.claim, ", ".join(both), f"{difference}{unit} ({low} to {high})", said]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + f"\n\nCorrected for {number} comparisons (Holm)."
 
 
-def sets_block(matches: Sequence[Match], raters: Mapping[str, str], results: Results, seeds: Sequence[int]) -> str:
-    """Won, tied and lost prompts of each match of sets, by kind and rater, in Markdown."""
-    prompts = results["sets", seeds[0]]["set prompts"]
-    lines = [f"| of {prompts} prompts a seed |  | rater | won | tied | lost | the paper: won to lost |"]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+def sets_block(
+    matches: Sequence[Match], raters: Mapping[str, str], groups: Sequence[str], results: Results, seeds: Sequence[int]
+) -> str:
+    """Won, tied and lost prompts of each match of sets with Student's intervals over the seeds, in Markdown.
+
+    By kind and rater; by group of prompts for the first of the raters.
+    """
+    prompts, distinct = ([results["sets", seed][f"{one} prompts"] for seed in seeds] for one in ("set", "distinct"))
+    lines = [f"| of {prompts[0]} prompts a seed |  | rater | prompts | won | tied | lost | the paper: won to lost |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    places = [(rater, "") for rater in raters] + [(next(iter(raters)), group) for group in groups]
     for match in matches:
         for what in ("alignment", "fidelity"):
-            for rater, words in raters.items():
-                means = [_mean_outcome(results, seeds, match, what, rater, end) for end in ("won", "tied", "lost")]
-                cells = " | ".join(f"{100 * mean:.1f} %" for mean in means)
-                lines.append(f"| {match.title} | {what} | {words} | {cells} | {getattr(match, what)} |")
-    return "\n".join([*lines, "", "![Sets of images](study-sets.png)"])
+            for rater, group in places:
+                cells = []
+                for end in ("won", "tied", "lost"):
+                    metric = outcome_metric(match, what, rater, end) + (f", {group}" if group else "")
+                    (mean,), (ends,) = _means([Row("", "sets")], metric, results, seeds)
+                    mean_, low, high = (formatted(x, metric) for x in (mean, *ends))
+                    cells.append(f"{mean_} ({low} to {high})")
+                paper = "" if group else getattr(match, what)
+                lines.append(
+                    f"| {match.title} | {what} | {raters[rater]} | {group or 'all'} | {' | '.join(cells)} | {paper} |"
+                )
+    different = f"At least {min(distinct)} of the {prompts[0]} prompts of a seed are different ones."
+    return "\n".join([*lines, "", different, "", "![Sets of images](study-sets.png)"])
 
 
-def _mean_outcome(results: Results, seeds: Sequence[int], match: Match, what: str, rater: str, end: str) -> float:
-    return float(values(results, [Row("", "sets")], f"{match.key}; {what}; {rater}; {end}", seeds).mean())
+def outcome_metric(match: Match, what: str, rater: str, end: str) -> str:
+    return f"{match.key}; {what}; {rater}; {end}"
 
 
 Judged = dict[str, dict[str, Any]]  # what a judge says of one model: group of prompts -> "value", "gain", ...
@@ -270,18 +311,32 @@ def categories(jobs: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Ten
     return groups, sides
 
 
+def before_and_after(jobs: Sequence[dict[str, Any]]) -> list[tuple[str, Tensor, str]]:
+    """What the main jobs say of both models: its name, the numbers (2,S), and the metric that they are shown as."""
+    groups, sides = categories(jobs)
+    rows = [(f"aligned, {group}", torch.stack(both), "aligned") for group, both in zip(groups, sides)]
+
+    def add(label: str, metric: str, by_job: Sequence[Sequence[float | None]]) -> None:
+        numbers = [[math.nan if value is None else value for value in both[:2]] for both in by_job]
+        rows.append((label, torch.tensor(numbers).double().T, metric))
+
+    evaluations = [job["evaluation"] for job in jobs]
+    references = {one["reference"] for one in evaluations}  # in words, and how many images
+    for metric, key in OF_IMAGES.items():
+        if metric != "fidelity":
+            add(title(metric), metric, [list(one[key].values()) for one in evaluations])
+        elif len(references) == 1:  # distances of unequal numbers of images do not compare
+            add(f"{title(metric)} ({references.pop()})", metric, [list(one[key].values()) for one in evaluations])
+    add("reward ↑", "reward", [[side["overall"]["value"] for side in _sides(job, "reward")] for job in jobs])
+    for name in evaluations[0]["picture"]:
+        add(name, "reward", [[side["value"] for side in one["picture"][name].values()] for one in evaluations])
+    return rows
+
+
 def categories_block(jobs: Sequence[dict[str, Any]]) -> str:
     """The first question, from the main jobs: Student's t interval over the seeds."""
     lines = ["|  | base | fine-tuned | gain |", "| --- | --- | --- | --- |"]
-    groups, sides = categories(jobs)
-    rows = [(f"aligned, {group}", torch.stack(both), "aligned") for group, both in zip(groups, sides)]
-    for metric, key in OF_IMAGES.items():
-        by_job = [list(job["evaluation"][key].values())[:2] for job in jobs]
-        numbers = [[math.nan if value is None else value for value in both] for both in by_job]
-        rows.append((title(metric), torch.tensor(numbers).double().T, metric))
-    rewards = [[side["overall"]["value"] for side in _sides(job, "reward")] for job in jobs]
-    rows.append(("reward ↑", torch.tensor(rewards).double().T, "reward"))
-    for label, both, metric in rows:
+    for label, both, metric in before_and_after(jobs):
         if not both.isnan().any():
             gain, low, high = (formatted(x, metric, True) for x in contrasts(both, 0)[1][:3])
             base, tuned = (formatted(mean, metric) for mean in both.mean(1).tolist())
@@ -415,10 +470,10 @@ Placed = tuple[Row, float, Ends, int]  # a row, its mean with its interval, and 
 
 def _within(axes: Any, placed: Sequence[Placed], metric: str) -> list[Placed]:
     """Limit a panel to what the rows that scatter alike need; what lies within. Other means are written at the edge."""
-    low = min(ends[0] for row, _, ends, _ in placed if not row.apart)
-    high = max(ends[1] for row, _, ends, _ in placed if not row.apart)
+    alike = [ends for row, _, ends, _ in placed if not row.apart and not math.isnan(ends[0])]
+    low, high = min((ends[0] for ends in alike), default=0.0), max((ends[1] for ends in alike), default=0.0)
     room = 0.3 * (high - low)
-    if math.isnan(room) or room == 0:  # a quick study has metrics without a value
+    if room == 0:  # a quick study has metrics without a value
         return list(placed)
     low, high = low - room, high + room
     axes.set_xlim(low, high)
@@ -435,7 +490,8 @@ def plot_trade_off(path: Path, question: Question, results: Results, seeds: Sequ
     from matplotlib.patheffects import withStroke
 
     figure, (axes,) = panels(1, 1, 4.2)
-    rows, metric = list(question.rows), question.panels[0]
+    metric = question.panels[0]
+    rows = [row for row in question.rows if not values(results, [row], metric, seeds).isnan().any()]
     aligned, y_ends = _means(rows, "aligned", results, seeds)
     other, x_ends = _means(rows, metric, results, seeds)
     axes.plot(other, aligned, color=GREY, linewidth=1, alpha=0.4, zorder=1)
@@ -462,7 +518,7 @@ def plot_sets(path: Path, matches: Sequence[Match], rater: str, results: Results
     for k, (match, what) in enumerate(places):
         left, y = 0.0, -k - 0.4 * (k // 2)
         for end, color, ink in (("won", COLORS[0], "white"), ("tied", "0.85", "black"), ("lost", COLORS[1], "white")):
-            share = _mean_outcome(results, seeds, match, what, rater, end)
+            share = float(values(results, [Row("", "sets")], outcome_metric(match, what, rater, end), seeds).mean())
             axes.barh(y, share, 0.7, left, color=color)
             if share >= 0.09:
                 axes.text(

@@ -46,9 +46,11 @@ def pretraining_pairs(number: int, seed: int, *, clean: bool = False) -> list[tu
     rng = random.Random(seed + 1)
     pairs = []
     for caption in rng.choices(split(GRAMMAR, seed).others, k=number):
+        # each of its own, so that clean and noisy pairs differ in the mistakes alone
+        errs, draws = random.Random(rng.getrandbits(64)), random.Random(rng.getrandbits(64))
         # mistakes are as likely in either direction
-        shown = corrupt(caption, {} if clean else CAPTION_NOISE, GRAMMAR, rng)
-        pairs.append((caption.text, draw(sample_scene(shown, rng), rng)))
+        shown = corrupt(caption, {} if clean else CAPTION_NOISE, GRAMMAR, errs)
+        pairs.append((caption.text, draw(sample_scene(shown, draws), draws)))
     return pairs
 
 

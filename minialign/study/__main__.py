@@ -23,13 +23,13 @@ from ..engine.commands import Parser, in_range, run_command
 from ..engine.processes import say
 from ..engine.run import opened
 from ..engine.settings import LAST_SEED
-from ..files import InputError
+from ..files import InputError, read_json
 from ..finetune.__main__ import main_job
 from ..pages.study_page import with_blocks
 from .cells import CELLS, DEFAULTS, SIZES, cell_calls, training_calls
 from .filling import world
 from .questions import SEEDS, page, planned, questions
-from .workers import fill_all, missing
+from .workers import fill_all, missing, result_of
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -76,19 +76,29 @@ def main() -> None:
             with opened(folder / f"seed-{seed}") as job:
                 results = main_job(job, SIZES[size]["run"] | {"seed": seed}, torch.device("cpu"))
             world(folder, seed, size)  # its pool of images, before several processes ask for it
-        if left := [one for one in missing(folder, seeds) if one[0] in (args.only or CELLS)]:
-            hours = duration(results, [name for name, _ in left], size)
-            say(f"cells: {len(left)} left, in {args.jobs} processes; about {hours:.1f} hours at the main job's speed")
+        without = missing(folder, seeds, size)
+        if left := [name for name, _ in without if name in (args.only or CELLS)]:
+            filled = [(name, seed) for seed in seeds for name in CELLS if (name, seed) not in without]
+            seconds = {cell: read_json(result_of(folder, *cell))["seconds"] for cell in filled}
+            about = duration(left, results, seconds, size, args.jobs)
+            say(f"cells: {len(left)} left, in {args.jobs} processes; about {about}")
             fill_all(folder, args.only or list(CELLS), seeds, size, args.jobs)
         if not args.only:
             page(folder, docs / "results.md", seeds, size)
             print(f"\n{docs / 'results.md'}, with its figures")
 
 
-def duration(results: dict[str, Any], names: Sequence[str], size: str) -> float:
-    """Hours that cells will take, if they pass the UNet over as many images a second as a main job's fine-tuning."""
-    speed = training_calls(results["settings"]) / results["seconds"]["finetune"]
-    return sum(cell_calls(name, size) for name in names) / speed / 3600
+def duration(
+    names: Sequence[str], results: dict[str, Any], seconds: dict[tuple[str, int], float], size: str, jobs: int
+) -> str:
+    """Hours that cells will take, in words, if they pass the UNet over as many images a second as those before them.
+
+    These are the finished cells, with their seconds; before there are any, the fine-tuning of the main job.
+    """
+    speed, whose = training_calls(results["settings"]) / results["seconds"]["finetune"], "the main job's fine-tuning"
+    if done := sum(cell_calls(name, size) for name, _ in seconds):
+        speed, whose = jobs * done / sum(seconds.values()), f"{len(seconds)} finished cells"
+    return f"{sum(cell_calls(name, size) for name in names) / speed / 3600:.1f} hours at the speed of {whose}"
 
 
 if __name__ == "__main__":

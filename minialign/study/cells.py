@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..engine.settings import defaults
+from ..evaluate.judges import DISTANCES
 from ..finetune import WEIGHTINGS
 from ..measures import platt
 from ..reward.labels import Labelled
@@ -22,12 +24,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "full": {
         "run": {},
         "cell": {"steps": 160, "batch_size": 32, "ema": 0.97, "test_images": 640},
-        "distances": 512,
+        "distances": DISTANCES,
         "set_prompts": 96,
     },
     "quick": {  # tries every line; its numbers mean nothing
         "run": {"images": 192, "labels": 128, "test_images": 24, "pretrain_images": 16, "steps": 4, "batch_size": 8,
-                "sampling_steps": 3, "hidden": 64, "reward_steps": 60},
+                "sampling_steps": 5, "hidden": 64, "reward_steps": 60},
         "cell": {"steps": 4, "batch_size": 8, "ema": 0.5, "test_images": 24, "warmup": 1},
         "distances": 8,
         "set_prompts": 6,
@@ -77,6 +79,7 @@ CELLS: dict[str, Cell] = {
     # Table 3
     "labelled": Cell({"beta": 0}, unlabelled=False),
     "scored": Cell({"beta": 0}),
+    "pairs-half": Cell({"beta": 1, "pretrain_fraction": 0.5}),  # half of each step are pre-training pairs: the paper's
     # beta, with captions as noisy as those that the base model learned from, and with clean ones
     **{f"beta-{beta:g}": Cell({"beta": beta}) for beta in BETAS},
     **{f"clean-{beta:g}": Cell({"beta": beta}, clean=True) for beta in (DEFAULTS["beta"], *BETAS)},
@@ -102,7 +105,14 @@ CELLS: dict[str, Cell] = {
 def cell_settings(name: str, seed: int, size: str) -> dict[str, Any]:
     """Settings of a cell."""
     settings = DEFAULTS | SIZES[size]["run"] | SIZES[size]["cell"] | {"seed": seed} | CELLS[name].settings
-    return settings | {"steps": round(CELLS[name].times * settings["steps"])}
+    steps, warmup = (round(CELLS[name].times * settings[key]) for key in ("steps", "warmup"))
+    return settings | {"steps": steps, "warmup": max(1, warmup)}
+
+
+def described(name: str, seed: int, size: str) -> dict[str, Any]:
+    """What makes a cell what it is, as its result.json has it: a result with another one is of another cell."""
+    choices = {key: getattr(value, "__name__", value) for key, value in vars(CELLS[name]).items()}
+    return json.loads(json.dumps(choices | {"settings": cell_settings(name, seed, size)}))
 
 
 # ---------------------------------------------------------------------------------------------------------------- cost

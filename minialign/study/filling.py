@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..data import ImageFiles, image_pairs, open_image
 from ..data.cache import features
 from ..engine.run import Run, digest
 from ..evaluate import Judged, TestItem, judge_model, test_items
-from ..evaluate.judges import FEATURES, REWARD
+from ..evaluate.judges import FEATURES, REWARD, judge_images
 from ..evaluate.sets import clean, outcome_fractions, rated
 from ..feedback import SIMULATED
 from ..files import write_tensors
@@ -89,7 +89,8 @@ def by_group(items: Sequence[TestItem]) -> Iterator[tuple[str, list[int]]]:
 def labels_of(cell: Cell, labels: dict[int, float], prompts: Sequence[str], seed: int) -> dict[int, float]:
     """The labels that a cell's reward learns from: a fraction of each prompt's, as most of its labellers give them.
 
-    A smaller fraction is within a larger one; who errs with a small probability errs there with a larger one, too.
+    A smaller fraction is within a larger one; who errs with a small probability errs there with a larger one, too. One
+    labeller is the first of three.
     """
     rng, known = random.Random(seed), sorted(labels)
     rng.shuffle(known)
@@ -97,7 +98,7 @@ def labels_of(cell: Cell, labels: dict[int, float], prompts: Sequence[str], seed
     for i in known:
         of_prompt.setdefault(prompts[i], []).append(i)
     place = {i: (k + rng.random()) / len(same) for same in of_prompt.values() for k, i in enumerate(same)}
-    wrong = {i: [rng.random() < cell.flipped for _ in range(cell.labellers)] for i in known}
+    wrong = {i: [rng.random() < cell.flipped for _ in range(3)][: cell.labellers] for i in known}
     known.sort(key=lambda i: place[i])
     known = known[: max(8, round(cell.fraction * len(known)))]  # so few that --quick keeps should hold a good one
     return {i: labels[i] if 2 * sum(wrong[i]) < cell.labellers else 1 - labels[i] for i in known}
@@ -130,7 +131,8 @@ def scoring(cell: Cell, here: World, settings: dict[str, Any]) -> tuple[Score, l
 def measured(score: Score, here: World) -> Result:
     """How well a score predicts the annotator on the pool's readable images, which nobody learned from, by group.
 
-    "pairs": how often it prefers which of two images of a prompt the annotator prefers.
+    "pairs": how often it prefers which of two images of a prompt the annotator prefers, where a prompt that the pool
+    has twice counts as two. No numbers of a group without a readable image.
     """
     texts = [item.prompt for item in here.pool_items]
     unique = list(dict.fromkeys(texts))
@@ -138,10 +140,12 @@ def measured(score: Score, here: World) -> Result:
     result: Result = {}
     for group, rows in by_group(here.pool_items):
         rows = [i for i in rows if here.pool.verdicts[i] != "skip"]
+        if not rows:
+            continue
         reward = score(here.pool.features[rows], table[[unique.index(texts[i]) for i in rows]])
         label = torch.tensor([float(here.pool.verdicts[i] == "good") for i in rows])
         quality = measure(reward, label)
-        result[f"pairs, {group}"] = preferred(reward, label, [texts[i] for i in rows])
+        result[f"pairs, {group}"] = preferred(reward, label, [i // POOL for i in rows])
         result[f"auc, {group}"] = quality["auc"]
         result[f"ece, {group}"] = quality["ece"]
     return result
@@ -149,13 +153,16 @@ def measured(score: Score, here: World) -> Result:
 
 # ------------------------------------------------------------------------------------------------------------ the cell
 def fill(name: str, here: World, folder: Path) -> Result:
-    """Compute one cell of a seed; the content of its result.json. `folder` keeps what it continues from."""
+    """Compute one cell of a seed; the content of its result.json. `folder` keeps what it continues from.
+
+    Images of the test that are all there are measured again, without fine-tuning.
+    """
     cell = CELLS[name]
     settings = cell_settings(name, here.seed, here.size)
     if cell.kind == "sets":
         return sets(here, folder)
     if cell.kind == "base":
-        return evaluated(Pipeline.from_pretrained(), here, folder)
+        return evaluated(Pipeline.from_pretrained, here, folder)
     score, rows = scoring(cell, here, settings)
     result = measured(score, here)
     if cell.kind == "reward":
@@ -166,13 +173,14 @@ def fill(name: str, here: World, folder: Path) -> Result:
         reward = cell.weight(reward)
     if cell.unlabelled:
         rows = list(range(len(reward)))
-    tune(here, reward[rows], rows, settings, folder, cell.clean)
-    result |= evaluated(Pipeline.from_pretrained(folder / "model"), here, folder)
-    return result | {"calls": training_calls(settings)}
+    load = partial(tuned, here, reward[rows], rows, settings, folder, cell.clean)
+    return result | evaluated(load, here, folder) | {"calls": training_calls(settings)}
 
 
-def tune(here: World, reward: Tensor, rows: Sequence[int], settings: dict[str, Any], folder: Path, clean: bool) -> None:
-    """Fine-tune the pre-trained model on the images `rows`, weighed by their rewards."""
+def tuned(
+    here: World, reward: Tensor, rows: Sequence[int], settings: dict[str, Any], folder: Path, clean: bool
+) -> Pipeline:
+    """The pre-trained model fine-tuned on the images `rows`, weighed by their rewards."""
     write_tensors(folder / REWARDS, {"reward": reward})
     paths, texts = [here.paths[i] for i in rows], [here.prompts[i] for i in rows]
     captions, drawn = zip(*pretraining_pairs(settings["pretrain_images"], settings["seed"], clean=clean))
@@ -181,13 +189,17 @@ def tune(here: World, reward: Tensor, rows: Sequence[int], settings: dict[str, A
         image_pairs(drawn, captions), settings, folder, here.folder / "cache", lambda row: None,
         lambda pipe: lambda step: None, digest(json.dumps([reward.tolist(), list(rows)])),
     )  # fmt: skip
+    return Pipeline.from_pretrained(folder / "model")
 
 
 # ----------------------------------------------------------------------------------------------------------- the tests
-def evaluated(pipe: Pipeline, here: World, folder: Path) -> Result:
-    """The numbers of a pipeline's images of the test."""
-    side = judge_model(Run(folder), "cell", None, lambda: pipe, here.items, here.settings, here.clip, here.reward)
-    return point(here, side)
+def evaluated(load: Callable[[], Pipeline], here: World, folder: Path) -> Result:
+    """The numbers of a pipeline's images of the test; it is loaded only if not all of these are in `folder`."""
+    run = Run(folder)
+    for place in folder.glob("compare/cell-*"):
+        if len(list(place.glob("images/*.png"))) == len(here.items):
+            return point(here, judge_images(run, "cell", None, place, here.items, here.clip, here.reward))
+    return point(here, judge_model(run, "cell", None, load, here.items, here.settings, here.clip, here.reward))
 
 
 def point(here: World, side: Judged) -> Result:
@@ -222,31 +234,34 @@ def sets(here: World, folder: Path) -> Result:
     """Sets of SET images of a prompt, compared: of the main job's model, of the base model at random, and its best.
 
     The fine-tuned model's start from the noise of the base model's random ones; the best are those of POOL that have
-    the highest reward. A key is "match; alignment or fidelity; rater; outcome".
+    the highest reward. A key is "match; alignment or fidelity; rater; outcome", and ", group" where it is of a group.
     """
     number, count = len(here.pool_items) // POOL, torch.arange(len(here.pool_items) // POOL)[:, None]
     random_rows = POOL * count + torch.arange(SET)
     items = [here.pool_items[i] for i in random_rows.flatten()]
-    pipe = Pipeline.from_pretrained(here.folder / "model")
-    tuned = judge_model(Run(folder), "tuned", None, lambda: pipe, items, here.settings, here.clip, here.reward)
+    load = partial(Pipeline.from_pretrained, here.folder / "model")
+    after = judge_model(Run(folder), "tuned", None, load, items, here.settings, here.clip, here.reward)
     rewards = torch.tensor(here.pool.values[REWARD]).view(number, POOL)
     best_rows = POOL * count + rewards.topk(SET, dim=1).indices.sort(dim=1).values
     sides = {
-        "tuned": (tuned, torch.arange(len(items)).view(number, SET)),
+        "tuned": (after, torch.arange(len(items)).view(number, SET)),
         "random": (here.pool, random_rows),
         f"best {SET} of {POOL}": (here.pool, best_rows),
     }
+    places = {side.paths[i]: side.features[i] for side, rows in sides.values() for i in rows.flatten().tolist()}
+    are_clean = dict(zip(places, clean(list(places), torch.stack(list(places.values())), here.clip, here.seed)))
     values: dict[str, dict[str, Tensor]] = {"alignment": {}, "fidelity": {}}
     for name, (side, rows) in sides.items():
-        chosen = rows.flatten().tolist()
-        clean_values = clean([side.paths[i] for i in chosen], side.features[chosen], here.clip, here.seed)
         values["alignment"][name] = torch.tensor(side.values[SIMULATED])[rows]
-        values["fidelity"][name] = torch.tensor(clean_values).view(number, SET)
+        flat = [are_clean[side.paths[i]] for i in rows.flatten().tolist()]
+        values["fidelity"][name] = torch.tensor(flat).view_as(rows)
     tuned_, random_, best = sides
-    result: Result = {"set prompts": number}
+    groups: dict[str, Any] = {"": slice(None)} | {f", {group}": rows for group, rows in by_group(items[::SET])}
+    result: Result = {"set prompts": number, "distinct prompts": len({item.prompt for item in items})}
     for ours, theirs in ((tuned_, random_), (best, random_), (tuned_, best)):
         for kind, of in values.items():
             for rater, outcome in rated(of[ours], of[theirs], here.seed).items():
-                for name, fraction in outcome_fractions(outcome).items():
-                    result[f"{ours} against {theirs}; {kind}; {rater}; {name}"] = fraction
+                for group, rows in groups.items():
+                    for name, fraction in outcome_fractions(outcome[rows]).items():
+                        result[f"{ours} against {theirs}; {kind}; {rater}; {name}{group}"] = fraction
     return result
