@@ -27,7 +27,7 @@ from minialign.prompts import ATTRIBUTES, PAPER, exchange, recognise, split
 from minialign.reward import learn, train
 
 PAIRS, WIDTH = 30_000, 768
-SETTINGS = defaults(embedded=False) | {"clip": None}
+SETTINGS = defaults(bundled=False) | {"clip": None}
 
 
 def made_up_run(folder, clip):

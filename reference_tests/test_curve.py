@@ -15,7 +15,7 @@ from minialign.reward import labels
 from minialign.reward.curve import learning_curve, mean_interval, split_prompts
 from minialign.reward.labels import Labelled, split_feedback
 
-SETTINGS = defaults(embedded=True) | {"hidden": 32, "reward_batch_size": 32, "reward_learning_rate": 3e-3}
+SETTINGS = defaults(bundled=True) | {"hidden": 32, "reward_batch_size": 32, "reward_learning_rate": 3e-3}
 
 
 def labelled(number: int, noise: float = 0.0, prompts: int = 40, width: int = 48) -> Labelled:

@@ -25,7 +25,7 @@ from minialign.evaluate.judges import (
     Judged,
     TestItem,
     distances,
-    judge_model,
+    evaluate_model,
     reference_features,
     reference_images,
 )
@@ -54,7 +54,7 @@ def run_of(folder: Path, texts: list[str], world: str = "shapes", **settings) ->
     """A run as generate leaves it, with an image of each of the prompts."""
     run = Run(folder)
     (folder / "images").mkdir(parents=True)
-    own = defaults(embedded=bool(world))
+    own = defaults(bundled=bool(world))
     run.remember({key: own[key] for key in ("model", "seed", "prompts", "images")} | settings, world=world)
     images = drawings(texts, 7) if knows(texts) else [Image.new("RGB", (32, 32), (i, 0, 0)) for i in range(len(texts))]
     store = FeedbackStore(folder)
@@ -358,7 +358,7 @@ def test_a_model_samples_once_and_people_s_labels_of_its_images_count(pipe, clip
     torch.manual_seed(0)
     reward = RewardModel({"width": 64, "hidden": 8, "clip": None})
     how = (items, settings, clip, reward)
-    found = judge_model(run, "the base", None, lambda: pipe, *how)
+    found = evaluate_model(run, "the base", None, lambda: pipe, *how)
     assert found.folder.parent == run.folder / "compare" and found.folder.name.startswith("the-base-")
     assert [path.parent for path in found.paths] == [found.folder / "images"] * 8 and found.source == "bundled"
     assert set(found.values) == {"simulated annotator", "reward", "CLIP score"} and found.features.shape == (8, 64)
@@ -376,13 +376,13 @@ def test_a_model_samples_once_and_people_s_labels_of_its_images_count(pipe, clip
     store.close()
     with monkeypatch.context() as patch:
         patch.setattr(Pipeline, "generate", None)  # calling it would fail: all is there
-        labelled = judge_model(run, "the base", None, lambda: pipe, *how)
+        labelled = evaluate_model(run, "the base", None, lambda: pipe, *how)
     assert labelled.values["people"] == [1.0, None, None, None, None, 0.0, None, None]
     assert {key: value for key, value in labelled.values.items() if key != "people"} == found.values
-    other = judge_model(run, "the base", None, lambda: pipe, items, settings | {"guidance": 2.0}, clip, None)
+    other = evaluate_model(run, "the base", None, lambda: pipe, items, settings | {"guidance": 2.0}, clip, None)
     assert other.folder != found.folder and set(other.values) == {"simulated annotator", "CLIP score"}
     monkeypatch.setattr(pipe, "world", "")
-    strange = judge_model(run, "x", "someone/x", lambda: pipe, items[:2], settings, clip, None)
+    strange = evaluate_model(run, "x", "someone/x", lambda: pipe, items[:2], settings, clip, None)
     assert set(strange.values) == {"CLIP score"} and strange.readable is None and strange.verdicts == [None, None]
 
 

@@ -98,13 +98,13 @@ def test_batch_size_is_another_spelling_of_sampling_batch_size(tmp_path, file, c
 
 
 def test_categories_are_the_models_own_seen_prompts():
-    settings = defaults(embedded=True) | {"seed": 1}
+    settings = defaults(bundled=True) | {"seed": 1}
     seen = [prompt.text for prompt in split(SHAPES, 1)[0]]
     many = planned(settings, "shapes")
     assert len(many) == 2560 and set(many) == set(seen)
     three = planned(settings | {"images_per_prompt": 3}, "shapes")
     assert three == [prompt for prompt in seen for _ in range(3)]
-    assert planned(defaults(embedded=False) | {"prompts": "categories"}, "")[0] in {p.text for p in split(PAPER, 0)[0]}
+    assert planned(defaults(bundled=False) | {"prompts": "categories"}, "")[0] in {p.text for p in split(PAPER, 0)[0]}
     assert grammar_of("shapes") is SHAPES and grammar_of("") is PAPER
 
 

@@ -189,7 +189,7 @@ def test_the_clip_score_is_fitted_to_the_labels_that_are_not_held_out(run, capsy
     assert torch.equal(read_weights(run / REWARDS)["reward"], ranks)  # by another CLIP, which here is the same
     assert len(list((run / "cache").glob("features-*.safetensors"))) == 1
     code, _, err = command(main, capsys, run, "--reward", "learned")
-    assert code == 2 and "no labels; python -m minialign.label" in err
+    assert code == 2 and "no labels; collect them with python -m minialign.label" in err
 
 
 def test_a_given_reward_is_measured_on_held_out_comparisons(run, capsys):

@@ -408,7 +408,7 @@ def test_a_run_that_cannot_be_learned_from_is_one_line(run, tmp_path, capsys):
     store = FeedbackStore(run)
     ids = [image.id for image in store.images()]
     store.add_labels("truth", [(i, "skip") for i in ids])
-    fails(f"{run}: no labels; python -m minialign.label {run} takes them", run)
+    fails(f"{run}: no labels; collect them with python -m minialign.label {run}", run)
     store.add_labels("truth", [(i, "good" if i % 2 else "bad") for i in ids])
     (run / "images" / "5.png").write_bytes(b"no image")
     fails("5.png is not the image that was added", run)

@@ -26,7 +26,7 @@ from minialign.engine.settings import defaults
 from minialign.feedback import SIMULATED, FeedbackStore
 from minialign.files import InputError
 
-SETTINGS = defaults(embedded=True)
+SETTINGS = defaults(bundled=True)
 
 
 def do(run: Run, stage: str = "reward", redo: bool = False, dies: bool = False, **given) -> bool:

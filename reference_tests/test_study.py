@@ -230,7 +230,7 @@ def test_sets_are_of_the_same_images_by_group_and_clean_by_one_rule(tmp_path, mo
     pool = Judged("", "", tmp_path, paths, torch.zeros(2 * POOL, 1), values, [], None)
     asked = []
 
-    def judge_model(run, name, source, load, items, *how):  # the fine-tuned model: all good, and none of them clean
+    def evaluate_model(run, name, source, load, items, *how):  # the fine-tuned model: all good, and none of them clean
         assert [item.prompt for item in items] == ["a"] * SET + ["b"] * SET
         return Judged("", "", tmp_path, [tmp_path / f"tuned {item.prompt}{i}.png" for i, item in enumerate(items)],
                       torch.ones(2 * SET, 1), {SIMULATED: [1.0] * 2 * SET}, [], None)  # fmt: skip
@@ -240,7 +240,7 @@ def test_sets_are_of_the_same_images_by_group_and_clean_by_one_rule(tmp_path, mo
         assert features.flatten().tolist() == [float(path.name[0] == "t") for path in paths]
         return [float(path.name[0] != "t") for path in paths]
 
-    monkeypatch.setattr("minialign.study.filling.judge_model", judge_model)
+    monkeypatch.setattr("minialign.study.filling.evaluate_model", evaluate_model)
     monkeypatch.setattr("minialign.study.filling.clean", clean)
     here: Any = SimpleNamespace(
         seed=0, folder=tmp_path, pool_items=items, pool=pool, settings={}, clip=None, reward=None

@@ -210,9 +210,9 @@ def of_stage(*stages: str) -> list[Setting]:
     return [setting for setting in SETTINGS if set(setting.stages) & set(stages)]
 
 
-def defaults(embedded: bool, *stages: str) -> dict[str, Any]:
+def defaults(bundled: bool, *stages: str) -> dict[str, Any]:
     """The default of every setting of the stages, of all of them unless named."""
-    return {setting.name: setting.default(embedded) for setting in of_stage(*(stages or STAGES))}
+    return {setting.name: setting.default(bundled) for setting in of_stage(*(stages or STAGES))}
 
 
 def add_flags(

@@ -31,7 +31,7 @@ from ..pipeline import Pipeline
 from ..prompts import recognise, split, spread
 from ..reward import MODEL, REWARDS, load_reward, read_measured, scorer
 from ..shapes.world import GRAMMAR, WORLD
-from .judges import BUNDLED, PEOPLE, REWARD, Judged, Score, TestItem, distances, judge_model, reference_images
+from .judges import BUNDLED, PEOPLE, REWARD, Judged, Score, TestItem, distances, evaluate_model, reference_images
 from .sets import compared_sets
 from .tables import best_of_curves, by_group, gains, picture, samples
 
@@ -39,9 +39,9 @@ __all__ = [
     "Judged",
     "TestItem",
     "compare_models",
+    "evaluate_model",
     "evaluate_run",
     "images_per_prompt",
-    "judge_model",
     "test_items",
     "write_results",
 ]
@@ -166,7 +166,7 @@ def evaluate(
     learned_with = run.stages.get("reward", {}).get("made_from", {}).get("clip")
     if own and learned is not None and learned_with not in (None, digest(clip_digest(clip))):
         raise InputError(f"CLIP {settings['clip']}: not the one that the reward model of {run.folder} learned with")
-    sides = [judge_model(run, *model, items, settings, clip, learned, score) for model in models]
+    sides = [evaluate_model(run, *model, items, settings, clip, learned, score) for model in models]
     judges = list(dict.fromkeys(name for side in sides for name in side.values))
     judged = {name: by_group(sides, name, items) for name in judges}
     of_all = [name for name in judges if all("overall" in judged[name].get(side.name, {}) for side in sides)]

@@ -64,7 +64,7 @@ class Judged:
     readable: float | None
 
 
-def judge_model(
+def evaluate_model(
     run: Run,
     name: str,
     source: str | None,
@@ -109,7 +109,7 @@ def judge_images(
     reward: RewardModel | None,
     score: Score | None = None,
 ) -> Judged:
-    """Judge the images of the items that `judge_model` has sampled into the folder `place`."""
+    """Judge the images of the items that `evaluate_model` has sampled into the folder `place`."""
     store = FeedbackStore(place)
     try:
         known = {image.path.name: image.id for image in store.images()}

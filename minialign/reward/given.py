@@ -34,7 +34,7 @@ MODEL = f"{WEIGHTS[1]}.safetensors"
 LEARNED, CLIP_SCORE = "learned", "clip-score"  # the model that the run learns from its labels; CLIP's cosine
 ACCEPTED = (
     "learned, clip-score, clip-score:CLIP, a reward model's folder, module:function or FILE.py:function, several "
-    "parted by commas, each with =WEIGHT behind it or without"
+    "separated by commas, each with =WEIGHT behind it or without"
 )
 AS_IT_IS, FITTED, RANKED = "as it is", "fitted to the labels", "rank within its prompt"
 

@@ -95,7 +95,7 @@ def check_labels(folder: Path, labels: dict[int, float], prompts: int, compariso
             warn(without)
         return
     if not labels:
-        raise InputError(f"{folder}: no labels; python -m minialign.label {folder} takes them")
+        raise InputError(f"{folder}: no labels; collect them with python -m minialign.label {folder}")
     good = sum(label > 0.5 for label in labels.values())
     if not any(labels.values()):
         raise InputError(f"{folder}: none of its {len(labels)} labels is good: there is nothing to learn from")

@@ -17,7 +17,7 @@ from ..measures import platt
 from ..reward.labels import Labelled
 
 Score = Callable[[Tensor, Tensor], Tensor]  # of embeddings of images and prompts, both (B,E): (B,) in [0,1]
-DEFAULTS = defaults(embedded=True)
+DEFAULTS = defaults(bundled=True)
 SIZES: dict[str, dict[str, Any]] = {
     # run: settings of a seed's main job; cell: of its cells, whose length a pilot decides (docs/results.md). distances:
     # images that a Frechet distance is computed from, always as many. set_prompts: of the comparisons of sets

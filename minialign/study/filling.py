@@ -19,7 +19,7 @@ from torch import Tensor
 from ..data import ImageFiles, image_pairs, open_image
 from ..data.cache import features
 from ..engine.run import Run, digest
-from ..evaluate import Judged, TestItem, judge_model, test_items
+from ..evaluate import Judged, TestItem, evaluate_model, test_items
 from ..evaluate.judges import FEATURES, REWARD, judge_images
 from ..evaluate.sets import clean, outcome_fractions, rated
 from ..feedback import SIMULATED
@@ -71,7 +71,7 @@ def world(folder: Path, seed: int, size: str) -> World:
     run, settings, clip = Run(folder / f"seed-{seed}"), cell_settings("default", seed, size), CLIP.from_pretrained()
     several = {"test_images": SIZES[size]["set_prompts"] * POOL, "test_images_per_prompt": POOL}
     pool_items, reward = test_items(run, settings | several), load_reward(run.folder / "reward")
-    pool = judge_model(run, "pool", None, Pipeline.from_pretrained, pool_items, settings, clip, reward)
+    pool = evaluate_model(run, "pool", None, Pipeline.from_pretrained, pool_items, settings, clip, reward)
     paths, texts = stored_images(run.folder)
     data = read_labelled(run.folder, clip, settings)
     return World(
@@ -199,7 +199,7 @@ def evaluated(load: Callable[[], Pipeline], here: World, folder: Path) -> Result
     for place in folder.glob("compare/cell-*"):
         if len(list(place.glob("images/*.png"))) == len(here.items):
             return point(here, judge_images(run, "cell", None, place, here.items, here.clip, here.reward))
-    return point(here, judge_model(run, "cell", None, load, here.items, here.settings, here.clip, here.reward))
+    return point(here, evaluate_model(run, "cell", None, load, here.items, here.settings, here.clip, here.reward))
 
 
 def point(here: World, side: Judged) -> Result:
@@ -240,7 +240,7 @@ def sets(here: World, folder: Path) -> Result:
     random_rows = POOL * count + torch.arange(SET)
     items = [here.pool_items[i] for i in random_rows.flatten()]
     load = partial(Pipeline.from_pretrained, here.folder / "model")
-    after = judge_model(Run(folder), "tuned", None, load, items, here.settings, here.clip, here.reward)
+    after = evaluate_model(Run(folder), "tuned", None, load, items, here.settings, here.clip, here.reward)
     rewards = torch.tensor(here.pool.values[REWARD]).view(number, POOL)
     best_rows = POOL * count + rewards.topk(SET, dim=1).indices.sort(dim=1).values
     sides = {
