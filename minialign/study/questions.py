@@ -53,7 +53,7 @@ def findings(groups: Sequence[str]) -> list[Finding]:
                     ("default", pairs), ("clip", pairs), 1),
             Finding("Fig. 3a", f"the auxiliary loss helps; prompts: {group}",
                     ("temperature-2", pairs), ("lambda-0", pairs), 1),  # the paper's T
-            Finding("Fig. 3b", f"half of the images a prompt are worse; prompts: {group}",
+            Finding("Fig. 3b", f"training on half of the images of each prompt is worse; prompts: {group}",
                     ("labels-50", pairs), ("default", pairs), -1),
         ]  # fmt: skip
 
@@ -97,11 +97,11 @@ def questions() -> dict[str, Question]:
         "reward": Question(
             "The reward model",
             [Row("CLIP score", "clip", apart=True), Row("without the auxiliary loss (lambda 0)", "lambda-0"),
-             Row("the reward model", "default"), Row("half of the labelled images a prompt", "labels-50")],
+             Row("the reward model", "default"), Row("half of the labelled images of each prompt", "labels-50")],
             2, REWARD, ("pairs, *",),
         ),
         "ablation": Question(
-            "What is learned from",
+            "Images used for fine-tuning",
             [BASE, Row("labelled images alone", "labelled"), Row("+ images scored by r", "scored"),
              Row("+ pre-training pairs, half of each step", "pairs-half")],
             3, (*IMAGES, "reward, seen"), ("fidelity",),
@@ -120,7 +120,7 @@ def questions() -> dict[str, Question]:
             2, (*REWARD, "aligned"), ("pairs, *",), "lambda / T",
         ),
         "feedback": Question(
-            "How much feedback",
+            "Number of labels",
             [Row(f"{n} % of the labels", "default" if n == 100 else f"labels-{n}", n) for n in percents],
             3, ("pairs, *", "ece, *", "aligned", "aligned, *", "fidelity"), ("aligned", "pairs, *"), "labels, %",
         ),
@@ -131,7 +131,7 @@ def questions() -> dict[str, Question]:
             0, ("pairs, *", "ece, *", "aligned", "aligned, *", "fidelity"), ("aligned",),
         ),
         "weights": Question(
-            "How images are weighted",
+            "Weights of the images",
             [BASE, Row("r, sampled in proportion (default)", "default"),
              Row("r, uniform samples (the paper)", "uniform"),
              Row(f"1 where r > {tau['threshold']:g}, else 0", "threshold"),
@@ -139,7 +139,7 @@ def questions() -> dict[str, Question]:
             1, ("aligned", "aligned, *", "fidelity", "diversity", "calls"), ("aligned",),
         ),
         "steps": Question(
-            "How long",
+            "Number of fine-tuning steps",
             [BASE, *(Row(f"{x:g} times the steps", name, x) for name, x in lengths.items())],
             2, ("aligned", "aligned, *", "readable", "fidelity", "diversity", "reward", "calls"),
             ("aligned", "fidelity"), "steps, times those of other cells",
