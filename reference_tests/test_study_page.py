@@ -206,7 +206,7 @@ def test_the_page_has_every_question_and_figures_as_wide_as_a_readme_at_twice_th
             assert image.width == 1600, name
         assert f"](study-{name}.png)" in text and f"<!-- end of {name} -->" in text
     assert text.index("<!-- measured: findings -->") < text.index("<!-- measured: setting -->")  # at the top
-    assert "half of the images a prompt are worse; prompts: new objects" in text
+    assert "training on half of the images of each prompt is worse; prompts: new objects" in text
     match = "| fine-tuned against the base model | fidelity |"
     half = 100 * student_t(2) * 0.02 / math.sqrt(3)
     won = f"40.0 % ({40 - half:.1f} % to {40 + half:.1f} %)"
