@@ -44,13 +44,13 @@ def command(main: Callable[[], None], capsys: Any, *arguments: Any) -> tuple[int
 
 @cache
 def _own_images() -> list[tuple[str, Image.Image]]:
-    """Twelve prompts, each with an image that the embedded pipeline makes."""
+    """Twelve prompts, each with an image that the bundled model makes."""
     prompts = ["a red circle", "two blue stars on the sand", "a square at night"] * 4
     return list(zip(prompts, Pipeline.from_pretrained().generate(prompts, steps=2, guidance=2.0)))
 
 
 def own_images(folder, good: bool = True):
-    """A label file beside a few images drawn by the embedded pipeline."""
+    """A label file beside a few images drawn by the bundled model."""
     folder.mkdir(exist_ok=True)
     lines = []
     for i, (prompt, image) in enumerate(_own_images()):

@@ -1,4 +1,4 @@
-"""The embedded world: drawings, the simulated annotator against the truth, and the checkpoint's parts."""
+"""The toy data set: drawings, the simulated annotator against the truth, and the checkpoint's parts."""
 
 import random
 from functools import cache

@@ -1,4 +1,4 @@
-"""The door to the embedded world: its prompts, its pairs, its annotator, and what it draws."""
+"""The toy data set as others see it: its prompts, its pairs, its annotator, and what it draws."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def test_the_world_knows_its_own_prompts_alone():
     image = drawings(["a red star"], seed=0)[0]
     assert annotate([image, image], ["a red star", "a blue star"]) == ["good", "bad"]
     for call in (lambda: annotate([image], ["a cat"]), lambda: drawings(["a cat"], 0)):
-        with pytest.raises(ValueError, match="'a cat' is not a prompt of the embedded world, such as"):
+        with pytest.raises(ValueError, match="'a cat' is not a prompt of the toy data set, such as"):
             call()
 
 

@@ -1,1 +1,1 @@
-"""The embedded world: captioned drawings, a simulated labeller and a small pre-trained pipeline, with no download."""
+"""The toy data set: captioned drawings, a simulated annotator and the small bundled model, with no download."""

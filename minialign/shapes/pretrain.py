@@ -1,4 +1,4 @@
-"""Train the embedded world's pipeline from scratch: python -m minialign.shapes.pretrain --out FOLDER
+"""Train the bundled model from scratch: python -m minialign.shapes.pretrain --out FOLDER
 
 Draws captioned scenes, trains a VAE, a CLIP and a UNet on them, and writes a Stable-Diffusion-shaped checkpoint in the
 diffusers layout. Captions are deliberately noisy, as web captions are: the UNet first learns the words from clean
@@ -312,17 +312,16 @@ def train_unet(
 
 def main() -> None:
     parser = Parser(prog="python -m minialign.shapes.pretrain", description=__doc__.split("\n\n")[1])
-    parser.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="work folder, with the result")
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/pretrain"), help="work folder, with the result")
     whole = in_range(int, 1)
-    parser.add_argument("--seed", type=in_range(int, 0), default=0, help="of drawings, captions, weights and noise")
-    parser.add_argument("--images", type=whole, default=48_000, help="number of drawings")
-    parser.add_argument("--vae-steps", type=whole, default=2_500, help="of 16 drawings")
-    parser.add_argument(
-        "--decoder-steps", type=whole, default=2_000, help="of 16 drawings, for the VAE's decoder alone"
-    )
-    parser.add_argument("--clip-steps", type=whole, default=1_500, help="of 256 captioned drawings")
-    parser.add_argument("--unet-steps", type=whole, default=12_000, help="of 64 drawings with clean captions")
-    parser.add_argument("--noisy-steps", type=whole, default=4_000, help="of 64 drawings with noisy captions")
+    add("--seed", type=in_range(int, 0), default=0, help="of drawings, captions, weights and noise")
+    add("--images", type=whole, default=48_000, help="number of drawings")
+    add("--vae-steps", type=whole, default=2_500, help="training steps of the VAE, 16 drawings each")
+    add("--decoder-steps", type=whole, default=2_000, help="further steps of the VAE's decoder alone")
+    add("--clip-steps", type=whole, default=1_500, help="training steps of CLIP, 256 captioned drawings each")
+    add("--unet-steps", type=whole, default=12_000, help="training steps of the UNet, 64 drawings each, clean captions")
+    add("--noisy-steps", type=whole, default=4_000, help="training steps of the UNet after these, noisy captions")
     a = parser.parse_args()
     open_folder(a.out, {key: value for key, value in vars(a).items() if key != "out"})
     images, scenes = draw_dataset(a.images, a.seed)

@@ -1,7 +1,7 @@
-"""The drawings of the embedded world: one to four objects of one shape and color on one of four backgrounds.
+"""The drawings of the toy data set: one to four objects of one shape and color on one of four backgrounds.
 
 A drawing is 64 x 64 pixels, anti-aliased (drawn four times as large, then averaged); objects never overlap and never
-touch the frame. `draw` is the truth that the simulated labeller (annotator.py) is measured against.
+touch the frame. `draw` is the truth that the simulated annotator (annotator.py) is measured against.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The door to the embedded world: its name, its prompts, its annotator, its drawings. Nothing else knows its insides.
+"""The only module of the toy data set that others import: its name, prompts, simulated annotator and drawings.
 
-A pipeline is of this world where its checkpoint says so (`Pipeline.world`), as the embedded one does and every model
+A pipeline is of this world where its checkpoint says so (`Pipeline.world`), as the bundled one does and every model
 that is fine-tuned from it.
 """
 
@@ -79,5 +79,5 @@ def shown(pictures: Sequence[Image.Image], seed: int) -> list[Image.Image | None
 def _parsed(text: str) -> Prompt:
     prompt = parse(text, GRAMMAR)
     if prompt is None:
-        raise ValueError(f"{text!r} is not a prompt of the embedded world, such as {all_prompts(GRAMMAR)[-1].text!r}")
+        raise ValueError(f"{text!r} is not a prompt of the toy data set, such as {all_prompts(GRAMMAR)[-1].text!r}")
     return prompt
