@@ -256,11 +256,11 @@ def _limits(measured: Works) -> str:
 
 
 def _alone(entries: Iterable[dict[str, Any]]) -> str:
-    """What has no peer."""
+    """What has no peer, and no note that tells its numbers."""
     rows = []
     for entry in entries:
-        stats = entry["stats"]
-        if not entry["extra_info"].get("pairs") and "sweep" not in entry["extra_info"] and stats["rounds"] > 1:
+        stats, info = entry["stats"], entry["extra_info"]
+        if not info.get("pairs") and not info.keys() & {"sweep", "note"} and stats["rounds"] > 1:
             name = f"{entry['group']}: {entry['param']}" if entry.get("group") else entry["name"]
             quartiles = f"{_seconds(stats['q1'])}–{_seconds(stats['q3'])}"
             rows.append([name, _seconds(stats["median"]), quartiles, str(stats["rounds"])])
