@@ -11,7 +11,7 @@ from PIL import Image
 from minialign import CLIP, Pipeline
 from minialign.models.pretrained import EMBEDDED
 from minialign.prompts import ATTRIBUTES, CATEGORIES, SHAPES, Prompt, all_prompts
-from minialign.shapes.annotator import judge, read, shape_numbers
+from minialign.shapes.annotator import annotate, read, shape_numbers
 from minialign.shapes.pretrain import Captions, make_tokenizer
 from minialign.shapes.scenes import BACKGROUNDS, SIZE, Scene, draw, sample_scene
 
@@ -59,7 +59,7 @@ def judged_right(pictures: list[Image.Image], scenes: list[Scene]) -> float:
         fitting = CATEGORIES if scene.count == 1 else ("count", "combination")
         category = rng.choice(fitting)
         wrong = rng.choice([p for p in all_prompts(SHAPES) if p.category == category and not scene.shows(p)])
-        right += [v == t for v, t in zip(judge([picture] * 2, [scene.prompt(category), wrong]), ["good", "bad"])]
+        right += [v == t for v, t in zip(annotate([picture] * 2, [scene.prompt(category), wrong]), ["good", "bad"])]
     return sum(right) / len(right)
 
 
@@ -83,13 +83,13 @@ def test_a_color_off_the_palette_matters_where_a_color_is_asked_for():
     pixels = np.asarray(orange).copy()
     pixels[pixels[..., 0] > 150] = (250, 130, 30)
     asked = [Prompt("color", "star", color="red"), Prompt("count", "star", count="one")]
-    assert judge([Image.fromarray(pixels)] * 2, asked) == ["bad", "good"]
+    assert annotate([Image.fromarray(pixels)] * 2, asked) == ["bad", "good"]
 
 
 def test_the_annotator_skips_what_is_not_a_drawing():
     noise = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
     empty = Image.new("RGB", (SIZE, SIZE), BACKGROUNDS["on the grass"])
-    assert judge([Image.fromarray(noise), empty], [Prompt("count", "star", count="one")] * 2) == ["skip", "skip"]
+    assert annotate([Image.fromarray(noise), empty], [Prompt("count", "star", count="one")] * 2) == ["skip", "skip"]
 
 
 def test_shape_numbers_do_not_change_with_place_and_size():

@@ -43,7 +43,7 @@ def read(image: Image.Image) -> Scene | None:
 
     The color is "other" where it is none of the palette's, or not the same for all objects.
     """
-    found = look(image)
+    found = segment(image)
     if found is None:
         return None
     background, regions = found
@@ -56,7 +56,7 @@ def read(image: Image.Image) -> Scene | None:
     return Scene(len(regions), color or "other", shape, background)
 
 
-def judge(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[str]:
+def annotate(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[str]:
     """The simulated label, "good", "bad" or "skip" (cannot be read), of each image for its prompt."""
     verdicts = []
     for image, prompt in zip(images, prompts, strict=True):
@@ -65,7 +65,7 @@ def judge(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[str]
     return verdicts
 
 
-def look(image: Image.Image) -> tuple[str, list[Region]] | None:
+def segment(image: Image.Image) -> tuple[str, list[Region]] | None:
     """The background's name and the regions that stand out from it, or None for a picture that is not clean."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     frame = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
@@ -110,7 +110,7 @@ def calibrate(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> dict[st
     """Mean and covariance of the shape numbers of each shape, measured on pictures whose truth is known."""
     numbers: dict[str, list[Array]] = {name: [] for name in SHAPES.objects}
     for image, scene in zip(images, scenes, strict=True):
-        found = look(image)
+        found = segment(image)
         if found is not None and len(found[1]) == scene.count:
             numbers[scene.object] += [region.numbers for region in found[1]]
     return {

@@ -13,7 +13,8 @@ from dataclasses import replace
 from PIL import Image
 
 from ..prompts import SHAPES, Prompt, all_prompts, corrupt, parse, split
-from .annotator import judge, read
+from . import annotator
+from .annotator import read
 from .scenes import draw, sample_scene
 
 WORLD = "shapes"
@@ -38,7 +39,7 @@ def prompts(seed: int) -> tuple[list[str], list[str]]:
 
 def annotate(pictures: Sequence[Image.Image], texts: Sequence[str]) -> list[str]:
     """The simulated annotator's verdicts on images for prompts: good, bad, or skip where it cannot read an image."""
-    return judge(pictures, [_parsed(text) for text in texts])
+    return annotator.annotate(pictures, [_parsed(text) for text in texts])
 
 
 def pretraining_pairs(number: int, seed: int, *, clean: bool = False) -> list[tuple[str, Image.Image]]:
