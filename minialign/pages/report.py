@@ -309,12 +309,12 @@ def _what_changed(evaluation: Mapping[str, Any], band: Mapping[str, Any], unlike
 
 
 def _usual(evaluation: Mapping[str, Any], band: Mapping[str, Any], unlike: str) -> str:
-    """Whether changes lie among those of normal runs; a warning where images changed more than in any of these."""
+    """Whether changes lie among those of normal runs; a warning where images changed twice as much."""
     seeds = band.get("changes", {})
     gains = {key: one["gain"] for key, one in normal.read_changes(evaluation).items() if key in seeds}
     judges = evaluation.get("judged") or {}
     outside = [name for name, gain in gains.items() if not min(seeds[name]) <= gain <= max(seeds[name])]
-    larger = [name for name in PICTURE if name in gains and abs(gains[name]) > max(map(abs, seeds[name]))]
+    larger = [name for name in PICTURE if name in gains and abs(gains[name]) > 2 * max(map(abs, seeds[name]))]
     said, runs = "", _default_runs(band)
     if gains and not unlike:
         names = ", ".join(judged_by(name) if name in judges else name for name in outside)
@@ -324,8 +324,8 @@ def _usual(evaluation: Mapping[str, Any], band: Mapping[str, Any], unlike: str) 
     if larger:
         whose = " (another model or other settings, so a rough measure)" if unlike else ""
         told = "; ".join(f"{name} {_minus(difference(gains[name], False))} ({_span(seeds[name])})" for name in larger)
-        said += f"""<p class="note"><strong>Warning</strong>: the images changed more than in any of {runs}{whose}:
-{told}. {HACKING}</p>"""
+        said += f"""<p class="note"><strong>Warning</strong>: the images changed more than twice as much as in any of
+{runs}{whose}: {told}. {HACKING}</p>"""
     return said
 
 
