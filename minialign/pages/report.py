@@ -309,11 +309,12 @@ def _what_changed(evaluation: Mapping[str, Any], band: Mapping[str, Any], unlike
 
 
 def _usual(evaluation: Mapping[str, Any], band: Mapping[str, Any], unlike: str) -> str:
-    """Whether changes lie among those of normal runs; a warning where images changed twice as much."""
+    """Whether changes lie among those of normal runs; a warning where images changed more than twice as much."""
     seeds = band.get("changes", {})
     gains = {key: one["gain"] for key, one in normal.read_changes(evaluation).items() if key in seeds}
     judges = evaluation.get("judged") or {}
     outside = [name for name, gain in gains.items() if not min(seeds[name]) <= gain <= max(seeds[name])]
+    # twice, as one normal run in four exceeds the largest change of three (docs/method.md)
     larger = [name for name in PICTURE if name in gains and abs(gains[name]) > 2 * max(map(abs, seeds[name]))]
     said, runs = "", _default_runs(band)
     if gains and not unlike:
