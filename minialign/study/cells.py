@@ -23,7 +23,7 @@ SIZES: dict[str, dict[str, Any]] = {
     # images that a Frechet distance is computed from, always as many. set_prompts: of the comparisons of sets
     "full": {
         "run": {},
-        "cell": {"steps": 160, "batch_size": 32, "ema": 0.97, "test_images": 640},
+        "cell": {"steps": 240, "batch_size": 32, "ema": 0.97, "test_images": 640},
         "distances": DISTANCES,
         "set_prompts": 96,
     },
@@ -82,14 +82,14 @@ CELLS: dict[str, Cell] = {
     "pairs-half": Cell({"beta": 1, "pretrain_fraction": 0.5}),  # half of each step are pre-training pairs: the paper's
     # beta, with captions as noisy as those that the base model learned from, and with clean ones
     **{f"beta-{beta:g}": Cell({"beta": beta}) for beta in BETAS},
-    **{f"clean-{beta:g}": Cell({"beta": beta}, clean=True) for beta in (DEFAULTS["beta"], *BETAS)},
+    **{f"clean-{beta:g}": Cell({"beta": beta}, clean=True) for beta in BETAS},
     # the reward (Fig. 3): what it is, what it learns from
     "clip": Cell(score=clip_score),
     "lambda-0": Cell({"lambda": 0}),
     "temperature-2": Cell({"temperature": 2}),
     "lambda-2-temperature-2": Cell({"lambda": 2, "temperature": 2}, kind="reward"),
-    "temperature-0.125": Cell({"temperature": 0.125}),
-    **{f"labels-{percent}": Cell(fraction=percent / 100) for percent in (10, 25, 50)},
+    "temperature-0.125": Cell({"temperature": 0.125}, kind="reward"),
+    **{f"labels-{percent}": Cell(fraction=percent / 100) for percent in (10, 50)},
     "flipped-30": Cell(flipped=0.3),
     "flipped-30-majority": Cell(flipped=0.3, labellers=3),
     # how images are weighted
