@@ -2,7 +2,7 @@
 
 Lee et al. 2023 (arXiv 2302.12192): 1. people label generated images, good where they show what the prompt asks for;
 2. a reward model r(x,z) learns to predict their labels; 3. the model is fine-tuned on its own images, each weighted by
-its reward. Here the model is minialign's bundled one (64 x 64 pixels, four million weights), and a program that reads
+its reward. Here the model is minialign's bundled one (64 x 64 pixels, five million weights), and a program that reads
 the pixels stands for the people. It runs in a few minutes on a laptop. What `python -m minialign.finetune` adds:
 people, any Stable Diffusion checkpoint, checkpoints that survive a kill, several GPUs, intervals, a report.
 """
@@ -28,7 +28,7 @@ def generate(prompts, first_seed):
     seeds = range(first_seed, first_seed + len(prompts))
     images = []
     for i in range(0, len(prompts), 64):
-        images += pipe.generate(prompts[i : i + 64], latents=pipe.noise(seeds[i : i + 64]), steps=10, guidance=3.0)
+        images += pipe.generate(prompts[i : i + 64], latents=pipe.noise(seeds[i : i + 64]), steps=10, guidance=2.0)
     return images
 
 
@@ -50,12 +50,11 @@ before = generate(test, first_seed=1_000_000)
 print(f"before: {aligned(test, before):.1%} of {len(test)} images show what their prompt asks for", flush=True)
 
 # ------------------------------------------------------------------------- 1. human feedback (section 3.1 of the paper)
-# The model generates images for prompts; people label some of them good (1) or bad (0), and skip others.
+# The model generates images for prompts; people label some of them good (1) or bad (0): here the first half.
 prompts = random.choices(seen, k=1536)
 images = generate(prompts, first_seed=0)
 verdicts = world.annotate(images[:768], prompts[:768])
-labelled = torch.tensor([i for i, verdict in enumerate(verdicts) if verdict != "skip"])
-y = torch.tensor([float(verdicts[i] == "good") for i in labelled])
+y = torch.tensor([float(verdict == "good") for verdict in verdicts])  # an image that cannot be read is bad, too
 print(f"1. {len(y)} labels, {y.mean():.1%} good", flush=True)
 
 # --------------------------------------------------------------------------- 2. the reward model r(x,z) (section 3.2)
@@ -67,13 +66,13 @@ with torch.no_grad():
     text = clip.encode_text(clip.tokenizer(texts))  # (P,E)
 image = embed(images)  # (N,E)
 own = torch.tensor([texts.index(prompt) for prompt in prompts])  # (N,) each image's prompt among the texts
-labelled_prompts = own[labelled].unique()  # the prompts that have labels
+labelled_prompts = own[: len(y)].unique()  # the prompts that have labels
 reward = RewardModel({"width": clip.width, "hidden": 512})
 optimizer = torch.optim.AdamW(reward.parameters(), lr=3e-4, weight_decay=1e-2)
 LAMBDA, T, CONTRASTIVE = 0.5, 0.5, 7  # the paper: lambda 0.5, T 2
 for _ in range(800):
     rows = torch.randint(len(y), (64,))
-    x, label, z = image[labelled[rows]], y[rows], own[labelled[rows]][:, None]
+    x, label, z = image[rows], y[rows], own[rows][:, None]
     others = 1 + torch.randint(len(labelled_prompts) - 1, (64, CONTRASTIVE))  # that have labels, never the same
     place = (torch.searchsorted(labelled_prompts, z) + others) % len(labelled_prompts)
     z = torch.cat([z, labelled_prompts[place]], dim=1)  # (64,8)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 CATEGORIES = ("count", "color", "background", "combination")
 ATTRIBUTES = ("count", "color", "object", "background")
-PLURALS = {"wolf": "wolves", "box": "boxes"}  # of objects that do not add an s
+PLURALS = {"wolf": "wolves", "box": "boxes", "cross": "crosses"}  # of objects that do not add an s
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,9 @@ class Prompt:
 SHAPES = Grammar(
     counts=("one", "two", "three", "four"),
     colors=("red", "blue", "yellow", "purple"),
-    objects=("circle", "square", "triangle", "star"),
+    objects=("circle", "square", "triangle", "star", "heart", "cross"),
     backgrounds=("at night", "on the grass", "in the snow", "on the sand"),
+    held_out=("heart", "cross"),
 )
 # The templates and numbers of Lee et al. 2023: 25 objects with a count from one to six, one of nine colors, one of
 # eight backgrounds, or all three; about 2,700 prompts; five objects without feedback. Which words it has is not known

@@ -22,7 +22,7 @@ from minialign.shapes.scenes import draw, sample_scene
 # the main job in seconds; its numbers mean nothing
 SMALL = {
     "images": 32, "labels": 24, "hidden": 32, "reward_steps": 20, "steps": 6, "batch_size": 8, "learning_rate": 1e-4,
-    "warmup": 1, "pretrain_images": 8, "test_images": 24, "sampling_steps": 2, "checkpoint_every": 3,
+    "warmup": 1, "pretrain_images": 8, "test_images": 24, "sampling_steps": 3, "checkpoint_every": 3,
 }  # fmt: skip
 
 

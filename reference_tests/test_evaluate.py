@@ -43,7 +43,7 @@ from minialign.shapes.world import drawings, knows, shown
 
 test_items.__test__ = TestItem.__test__ = False  # pytest would collect them
 CPU = torch.device("cpu")
-SMALL = {"test_images": 6, "test_images_per_prompt": 3, "sampling_steps": 6, "guidance": 3.0}
+SMALL = {"test_images": 9, "test_images_per_prompt": 3, "sampling_steps": 6, "guidance": 3.0}
 TWO = {"test_images": 2, "test_images_per_prompt": None}
 SEEN = [prompt.text for prompt in split(SHAPES).seen]
 NAMES = ("seen", "new combinations", "new objects")
@@ -93,9 +93,9 @@ def test_the_embedded_world_is_tested_on_its_groups_of_prompts_in_all_categories
 
 def test_several_images_of_a_prompt_start_from_noise_of_their_own(tmp_path):
     run = run_of(tmp_path / "run", SEEN[:6])
-    items = test_items(run, settings_of(run, test_images=40, test_images_per_prompt=5))
+    items = test_items(run, settings_of(run, test_images=45, test_images_per_prompt=5))
     assert [item.prompt for item in items[::5] for _ in range(5)] == [item.prompt for item in items]
-    assert len({item.prompt for item in items}) == 8 and len({item.seed for item in items}) == 40
+    assert len({item.prompt for item in items}) == 9 and len({item.seed for item in items}) == 45
     few = test_items(run, settings_of(run, test_images=2, test_images_per_prompt=3))
     names = [name for name, part in zip(NAMES, split(SHAPES)) if part]
     assert [item.groups[1] for item in few] == [name for name in names for _ in range(3)]
@@ -111,8 +111,8 @@ def test_another_seed_of_the_test_deals_no_prompt_out_again(tmp_path):
 
 def test_sets_are_whole(tmp_path):
     run = run_of(tmp_path / "run", SEEN[:6])
-    items = test_items(run, settings_of(run, test_images=32, sets=4))
-    assert len(items) == 32 and len(rows_of_sets(items, 4)) == 8
+    items = test_items(run, settings_of(run, test_images=36, sets=4))
+    assert len(items) == 36 and len(rows_of_sets(items, 4)) == 9
     assert all(len({items[i].prompt for i in rows}) == 1 for rows in rows_of_sets(items, 4))
     assert rows_of_sets(items_of("aabaab"), 2) == [[0, 1], [3, 4], [2, 5]] and rows_of_sets(items_of("aab"), 2) == [
         [0, 1]
@@ -353,17 +353,17 @@ def clip():
 
 def test_a_model_samples_once_and_people_s_labels_of_its_images_count(pipe, clip, tmp_path, monkeypatch):
     run = run_of(tmp_path / "run", SEEN[:4])
-    settings = settings_of(run, test_images=8)
+    settings = settings_of(run, test_images=9)
     items = test_items(run, settings)
     torch.manual_seed(0)
     reward = RewardModel({"width": 64, "hidden": 8, "clip": None})
     how = (items, settings, clip, reward)
     found = evaluate_model(run, "the base", None, lambda: pipe, *how)
     assert found.folder.parent == run.folder / "compare" and found.folder.name.startswith("the-base-")
-    assert [path.parent for path in found.paths] == [found.folder / "images"] * 8 and found.source == "bundled"
-    assert set(found.values) == {"simulated annotator", "reward", "CLIP score"} and found.features.shape == (8, 64)
+    assert [path.parent for path in found.paths] == [found.folder / "images"] * 9 and found.source == "bundled"
+    assert set(found.values) == {"simulated annotator", "reward", "CLIP score"} and found.features.shape == (9, 64)
     assert found.values["simulated annotator"] == [float(verdict == "good") for verdict in found.verdicts]
-    assert found.readable == sum(verdict != "skip" for verdict in found.verdicts) / 8
+    assert found.readable == sum(verdict != "skip" for verdict in found.verdicts) / 9
     pictures = [Image.open(path) for path in found.paths]
     score = reward.score(pictures, [item.prompt for item in items])
     assert found.values["reward"] == pytest.approx(score.tolist(), abs=1e-5)
@@ -377,7 +377,7 @@ def test_a_model_samples_once_and_people_s_labels_of_its_images_count(pipe, clip
     with monkeypatch.context() as patch:
         patch.setattr(Pipeline, "generate", None)  # calling it would fail: all is there
         labelled = evaluate_model(run, "the base", None, lambda: pipe, *how)
-    assert labelled.values["people"] == [1.0, None, None, None, None, 0.0, None, None]
+    assert labelled.values["people"] == [1.0, None, None, None, None, 0.0, None, None, None]
     assert {key: value for key, value in labelled.values.items() if key != "people"} == found.values
     other = evaluate_model(run, "the base", None, lambda: pipe, items, settings | {"guidance": 2.0}, clip, None)
     assert other.folder != found.folder and set(other.values) == {"simulated annotator", "CLIP score"}
@@ -472,13 +472,13 @@ def test_the_command_compares_pipelines(drawn, tmp_path, monkeypatch, capsys, re
     assert list(found["models"]) == ["base", "fine-tuned"]
     assert found["reference"].startswith("fresh drawings of what the images show")
     assert set(found["judged"]) == {"simulated annotator", "reward", "CLIP score"}
-    assert found["judge"] == "simulated annotator" and found["judged"]["reward"]["base"]["overall"]["n"] == 6
+    assert found["judge"] == "simulated annotator" and found["judged"]["reward"]["base"]["overall"]["n"] == 9
     assert all(value is not None for key in ("frechet", "cmmd", "diversity") for value in found[key].values())
     assert all(one["fine-tuned"]["gain_ci95"] is not None for one in found["picture"].values())
     assert "fine-tuned over base: " in out and "CMMD (lower" in out and (run / "report.html").exists()
     folders = " or ".join(str(run / one["images"]) for one in found["models"].values())
     assert f"label these images: python -m minialign.label FOLDER, where FOLDER is {folders}\n" in out
-    assert results_of(run)["counts"] == {"images": 4, "labels": 0, "evaluated": 6}
+    assert results_of(run)["counts"] == {"images": 4, "labels": 0, "evaluated": 9}
     assert all((run / path).exists() for sample in found["samples"] for path in sample["images"].values())
     pytest.importorskip("matplotlib")
     assert Image.open(run / "best-of-n.png").size[1] > 300
@@ -523,7 +523,7 @@ def test_a_model_gains_nothing_over_itself_and_comparisons_are_kept_beside_one_a
         [path.read_bytes() for path in sorted((run.folder / found["models"][model]["images"]).rglob("*.png"))]
         for model in models
     ]
-    assert pictures[0] == pictures[1] != pictures[2] and len(set(pictures[0])) == 2
+    assert pictures[0] == pictures[1] != pictures[2] and len(set(pictures[0])) == 3
     file = tmp_path / "mine.txt"
     file.write_text("a fox\n")
     other = compare_models(run, settings_of(run, **TWO), CPU, models=models[:1], prompts=file)
@@ -540,7 +540,7 @@ def test_a_model_gains_nothing_over_itself_and_comparisons_are_kept_beside_one_a
 @pytest.mark.usefixtures("without_matplotlib")
 def test_sets_are_in_the_results_and_told(drawn, tmp_path):
     run = Run(Path(shutil.copytree(drawn, tmp_path / "run")))
-    settings = settings_of(run, test_images=8, test_images_per_prompt=None, sets=2)
+    settings = settings_of(run, test_images=12, test_images_per_prompt=None, sets=2)
     name = compare_models(run, settings, CPU, models=["bundled", str(run.folder / "model")])
     found = results_of(run.folder)["comparisons"][name]
     assert found["sets"]["size"] == 2 and found["settings"]["sets"] == 2
@@ -548,10 +548,10 @@ def test_sets_are_in_the_results_and_told(drawn, tmp_path):
     assert by_rater.keys() == {"simulated annotator", "nine noisy copies"}
     for models in by_rater.values():
         (groups,) = models.values()
-        assert groups["overall"]["n"] == 4 and groups["seen"]["n"] + groups["new combinations"]["n"] == 4
+        assert groups["overall"]["n"] == 6 == sum(groups[name]["n"] for name in NAMES)
     told = comparison(found)
     assert "alignment of sets of 2 images of a prompt, against the first model's" in told
-    assert "by nine noisy copies: won " in told and " of 4" in told
+    assert "by nine noisy copies: won " in told and " of 6" in told
 
 
 @pytest.mark.usefixtures("without_matplotlib")

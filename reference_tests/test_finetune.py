@@ -83,7 +83,7 @@ def finished(tmp_path_factory):
 def test_the_main_job_leaves_what_it_promises(finished):
     results = results_of(finished)
     judged = results["evaluation"]["judged"]["simulated annotator"]
-    groups = {"overall", "count", "color", "background", "combination", "seen", "new combinations"}
+    groups = {"overall", "count", "color", "background", "combination", "seen", "new combinations", "new objects"}
     assert set(judged) == {"base", "fine-tuned"} and set(judged["base"]) == set(judged["fine-tuned"]) == groups
     assert all(0 <= entry["value"] <= 1 for entries in judged.values() for entry in entries.values())
     assert results["evaluation"]["frechet"]["base"] >= 0 and results["evaluation"]["judge"] == "simulated annotator"
@@ -333,7 +333,7 @@ def test_what_is_refused_is_not_remembered_and_advice_can_be_followed(finished, 
     config = (run / "config.json").read_text()
     for arguments, message in (
         (("--prompts", tmp_path / "none.txt"), "none.txt: cannot be read"),
-        (("--guidance", 2), "stage generate is out of date: --guidance was 3.0, now 2.0"),
+        (("--guidance", 3), "stage generate is out of date: --guidance was 2.0, now 3.0"),
     ):
         code, _, err = command(main, capsys, run, *arguments)
         assert code == 2 and message in err and json.loads(config) == json.loads((run / "config.json").read_text())
@@ -341,7 +341,7 @@ def test_what_is_refused_is_not_remembered_and_advice_can_be_followed(finished, 
     assert code == 2 and "stage generate was made with another value: --seed was 0, now 3" in err
     card = run / "model" / "README.md"
     card.write_text("my words")
-    code, _, err = command(main, capsys, run, "--guidance", 2, "--redo")
+    code, _, err = command(main, capsys, run, "--guidance", 3, "--redo")
     assert code == 0 and not same_model(run, finished), err
     assert (run / "model-card.old.md").read_text() == "my words" and "Fine-tuned with" in card.read_text()
 

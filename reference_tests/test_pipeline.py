@@ -17,6 +17,7 @@ from minialign.files import InputError
 from minialign.models import original
 from minialign.models.pretrained import EMBEDDED, resolve
 from minialign.pipeline import cut_prompts, to_images, to_pixels
+from minialign.shapes.pretrain import CHANNELS
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +260,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
 def inpainting(folder: Path) -> None:
-    spoil_json(folder / "unet/config.json", in_channels=17)
+    spoil_json(folder / "unet/config.json", in_channels=CHANNELS + 9)
     widen = torch.nn.functional.pad
     spoil_weights(folder / UNET, lambda w: w.update({"conv_in.weight": widen(w["conv_in.weight"], (0, 0, 0, 0, 0, 9))}))
 
@@ -306,7 +307,10 @@ SPOILED = {
         lambda f: spoil_json(f / "unet/config.json", transformer_layers_per_block=[[1], [1]]),
         "transformer_layers_per_block=[[1], [1]] is not supported",
     ),
-    "a UNet for inpainting": (inpainting, "unet: in_channels is 17; accepted with the other components: 8"),
+    "a UNet for inpainting": (
+        inpainting,
+        f"unet: in_channels is {CHANNELS + 9}; accepted with the other components: {CHANNELS}",
+    ),
     "an autoencoder with depth": (depth, "vae: in_channels is 6; accepted with the other components: 3"),
     "a longer tokenizer": (
         lambda f: spoil_json(f / "tokenizer/tokenizer_config.json", model_max_length=99),
@@ -320,7 +324,7 @@ SPOILED = {
     ),
     "a wrong shape": (
         lambda f: spoil_weights(f / UNET, lambda w: w.update({"conv_in.bias": torch.zeros(3)})),
-        "conv_in.bias has shape (3,), expected (64,)",
+        "conv_in.bias has shape (3,), expected (96,)",
     ),
     "pickled": (lambda f: (f / UNET).rename(f / "unet/diffusion_pytorch_model.bin"), "pickled weights can run code"),
     "no weights": (lambda f: (f / UNET).unlink(), "unet: no weights; accepted: diffusion_pytorch_model.safetensors"),

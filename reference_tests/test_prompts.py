@@ -25,11 +25,12 @@ from minialign.prompts import (
 def test_sentences_and_their_parse():
     assert Prompt("count", "circle", count="two").text == "two circles"
     assert Prompt("count", "star", count="one").text == "one star"
+    assert Prompt("count", "cross", count="two").text == "two crosses"
     assert Prompt("color", "apple", color="red").text == "a red apple"
     assert Prompt("background", "owl", background="at night").text == "an owl at night"
     assert Prompt("combination", "dog", "three", "blue", "in the city").text == "three blue dogs in the city"
     texts = [prompt.text for prompt in all_prompts(SHAPES)]
-    assert len(texts) == len(set(texts)) == 16 * 3 + 256
+    assert len(texts) == len(set(texts)) == 24 * 3 + 384
     assert all(parse(prompt.text, SHAPES) == prompt for prompt in all_prompts(SHAPES))
     assert parse("a green circle", SHAPES) is None
 

@@ -75,7 +75,7 @@ def test_help_has_every_flag_of_a_stage_with_its_default(stage):
 
 
 def test_help_lines_of_both_worlds():
-    assert BY_NAME["steps"].help == "fine-tuning steps (default: 400; with --model: 2000)"
+    assert BY_NAME["steps"].help == "fine-tuning steps (default: 300; with --model: 2000)"
     assert BY_NAME["images"].help.endswith("(default: 2560; with --model: none)")
     assert BY_NAME["seed"].help == "random seed of every stage (default: 0)"
     assert BY_NAME["compile"].help.endswith("(default: false)") and "(default" not in BY_NAME["pretrain"].help

@@ -102,7 +102,7 @@ SETTINGS = tuple(
          "folder or .safetensors file of an autoencoder in place of the model's", {"source": True}),
         ("seed", STAGES, 0, 0, in_range(int, 0, LAST_SEED), "random seed of every stage"),
         ("sampling_steps", SAMPLING, 10, 30, in_range(int, 1, 1000), "steps of the DDIM sampler"),
-        ("guidance", SAMPLING, 3.0, 7.5, in_range(float, 0), "scale of classifier-free guidance"),
+        ("guidance", SAMPLING, 2.0, 7.5, in_range(float, 0), "scale of classifier-free guidance"),
         ("sampling_dtype", SAMPLING, "float32", "float32", PRECISIONS, "precision of the networks while sampling"),
         # ------------------------------------------------------------------------------------- generate: whose images
         ("prompts", ("generate",), "categories", None, str,
@@ -137,7 +137,7 @@ SETTINGS = tuple(
          "pre-training pairs: folder with metadata.jsonl or captions in .txt files, or tar shards (a glob)",
          {"source": True}),
         ("pretrain_images", TUNING, 512, None, number, "drawings of the toy data set that serve as pre-training pairs"),
-        ("steps", TUNING, 400, 2000, number, "fine-tuning steps"),
+        ("steps", TUNING, 300, 2000, number, "fine-tuning steps"),
         ("beta", TUNING, 0.03, 1.0, in_range(float, 0), "weight of the pre-training term"),
         ("batch_size", TUNING, 64, 8, in_range(int, 2), "images in a fine-tuning step"),
         ("pretrain_fraction", TUNING, 0.125, 0.125, fraction,

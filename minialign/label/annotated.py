@@ -30,21 +30,26 @@ def annotate_run(run: Run, settings: dict[str, Any], redo: bool = False) -> None
             raise InputError(f"{run.folder}: the simulated annotator can label only images of the bundled model")
         return {"images": digest(json.dumps(content))}
 
-    why = f"the {SIMULATED} labels {settings['labels']} images good, bad or skip"
+    why = f"the {SIMULATED} labels {settings['labels']} images good or bad"
     with run.stage("label", why, settings, inputs, redo=redo) as todo:
         if todo:
             annotate_images(run.folder, settings["labels"], settings["seed"])
 
 
 def annotate_images(folder: Path, number: int, seed: int) -> None:
-    """Save the simulated annotator's labels of `number` random images of a run, or of all where there are fewer."""
+    """Save the simulated annotator's labels of `number` random images of a run, or of all where there are fewer.
+
+    An image that it cannot read is labelled bad: it does not show what its prompt asks for. Without a label it would
+    keep a high reward where CLIP sees the right background, and fine-tuning would repeat it.
+    """
     store = FeedbackStore(folder)
     try:
         images = store.images()
         order = torch.randperm(len(images), generator=generator(seed, 4))
         chosen = [images[i] for i in sorted(order[:number].tolist())]
         bar = progress(chosen, "label")
-        labels = [annotate([open_image(image.path)], [image.prompt])[0] for image in bar]
+        said = (annotate([open_image(image.path)], [image.prompt])[0] for image in bar)
+        labels = ["good" if verdict == "good" else "bad" for verdict in said]
         store.add_labels(SIMULATED, zip([image.id for image in chosen], labels))
     finally:
         store.close()

@@ -1,8 +1,9 @@
-"""A simulated annotator for stage 1: it reads only pixels, and labels an image good, bad or skip for a prompt.
+"""A simulated annotator for stage 1: it reads pixels alone, and finds an image good or bad for a prompt.
 
-It finds the background from the frame, objects as connected regions of another color, and the shape of each region
-from four numbers that do not depend on place, size or tilt. People are better at it; this one is tireless, and its
-errors are measured against the truth of drawings (reference_tests/test_shapes.py).
+Its verdict is skip where it cannot read the image. It finds the background from the frame, objects as connected
+regions of another color, and the shape of each region from four numbers that do not depend on place, size or tilt.
+People are better at it; this one is tireless, and its errors are measured against the truth of drawings
+(reference_tests/test_shapes.py).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .scenes import BACKGROUNDS, COLORS, Scene
 Array = NDArray[np.floating[Any]]
 SPECK, OBJECT = 12, 60  # regions of fewer pixels than SPECK are ignored, those between SPECK and OBJECT are defects
 FAR = 75.0  # RGB distance beyond which a color is none of the palette
+FRAME = 0.25  # fraction of the frame's pixels beyond which what differs from the background is no object
 SPREAD = 0.1  # how much rougher, in each shape number, the pictures that a model draws may be than drawings
 DOUBT = 16.0  # squared Mahalanobis distance beyond which a region has none of the shapes
 MARGIN = 4.0  # by which the likeliest shape must beat the next, in twice the log likelihood
@@ -39,7 +41,7 @@ class Region:
 
 
 def read(image: Image.Image) -> Scene | None:
-    """What a drawing shows, or None where it cannot be told: not clean, no object, or shapes that differ.
+    """What a drawing shows, or None where it cannot be read: not clean, no object, or shapes that differ.
 
     The color is "other" where it is none of the palette's, or not the same for all objects.
     """
@@ -72,7 +74,8 @@ def segment(image: Image.Image) -> tuple[str, list[Region]] | None:
     ground = np.median(frame, axis=0)
     background = _nearest(ground, BACKGROUNDS)
     different = np.linalg.norm(pixels - ground, axis=2)
-    if background is None or not (different > FAR).any():
+    crossed = (np.linalg.norm(frame - ground, axis=1) > FAR).mean()  # objects keep off the frame
+    if background is None or crossed > FRAME or not (different > FAR).any():
         return None
     color = np.median(pixels[different > FAR], axis=0)
     # how much of each pixel an object covers: its place between the two colors
@@ -90,7 +93,7 @@ def segment(image: Image.Image) -> tuple[str, list[Region]] | None:
     return (background, regions) if regions else None
 
 
-@np.errstate(invalid="ignore")  # what covers nothing has no numbers, and so none of the shapes
+@np.errstate(invalid="ignore", divide="ignore")  # what covers nothing has no numbers, and so none of the shapes
 def shape_numbers(cover: Array) -> Array:
     """Four numbers of a region that do not change with place, size and tilt.
 

@@ -91,13 +91,13 @@ def _shade(color: tuple[int, int, int], amount: float) -> tuple[int, int, int]:
 
 
 def _places(count: int, rng: random.Random) -> list[tuple[float, float, float]]:
-    """Centers and radii of `count` circles inside the frame that stay two pixels apart."""
+    """Centers and radii of `count` circles inside the frame that stay eight pixels apart: what one latent covers."""
     while True:  # starting over after a crowded beginning keeps the places uniform
         placed: list[tuple[float, float, float]] = []
         for _ in range(60):
             radius = rng.uniform(*RADII[count])
             x, y = (rng.uniform(radius + 1, SIZE - 1 - radius) for _ in range(2))
-            if all(math.hypot(x - u, y - v) > radius + other + 2 for u, v, other in placed):
+            if all(math.hypot(x - u, y - v) > radius + other + 8 for u, v, other in placed):
                 placed.append((x, y, radius))
             if len(placed) == count:
                 return placed
@@ -105,12 +105,33 @@ def _places(count: int, rng: random.Random) -> list[tuple[float, float, float]]:
 
 def _outline(shape: str, x: float, y: float, radius: float, tilt: float) -> list[tuple[float, float]]:
     """The corners of a shape inside the circle (x, y, radius)."""
-    if shape == "circle":
-        corners = [(0.88, 2 * math.pi * k / 48) for k in range(48)]
-    elif shape == "star":
-        corners = [(1.0 if k % 2 == 0 else 0.45, 2 * math.pi * k / 10) for k in range(10)]
-    else:
-        sides = {"triangle": 3, "square": 4}[shape]
-        turn = math.pi / 4 if shape == "square" else 0.0
-        corners = [(1.0, 2 * math.pi * k / sides + turn) for k in range(sides)]
-    return [(x + radius * r * math.sin(angle + tilt), y - radius * r * math.cos(angle + tilt)) for r, angle in corners]
+    corners = [(radius * r, angle + tilt) for r, angle in CORNERS[shape]]
+    return [(x + r * math.sin(angle), y - r * math.cos(angle)) for r, angle in corners]
+
+
+def _heart() -> list[tuple[float, float]]:
+    """The curve of Weisstein, "Heart Curve", MathWorld, scaled to its smallest enclosing circle."""
+    corners = []
+    for k in range(72):
+        t = 2 * math.pi * k / 72
+        u, v = 16 * math.sin(t) ** 3, 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
+        corners.append((math.hypot(u, v + 0.1) / 16.95, math.atan2(u, v + 0.1)))
+    return corners
+
+
+def _cross(half: float = 0.26, arm: float = 0.96) -> list[tuple[float, float]]:
+    """Two bars of width 2 * half whose arms end at `arm` from the center."""
+    tip, corner = math.atan(half / arm), (math.sqrt(2) * half, math.pi / 4)
+    quarter = [(math.hypot(half, arm), -tip), (math.hypot(half, arm), tip), corner]
+    return [(radius, angle + turn * math.pi / 2) for turn in range(4) for radius, angle in quarter]
+
+
+# of each shape the corners, as radius (at most 1, of the circle around it) and angle clockwise from the top
+CORNERS = {
+    "circle": [(0.88, 2 * math.pi * k / 48) for k in range(48)],
+    "square": [(1.0, math.pi * (2 * k + 1) / 4) for k in range(4)],
+    "triangle": [(1.0, 2 * math.pi * k / 3) for k in range(3)],
+    "star": [(1.0 if k % 2 == 0 else 0.45, 2 * math.pi * k / 10) for k in range(10)],
+    "heart": _heart(),
+    "cross": _cross(),
+}

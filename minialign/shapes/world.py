@@ -22,7 +22,7 @@ GRAMMAR = SHAPES
 # Pre-training captions name the object, but say another count, color or background with this probability: what the
 # paper's models get wrong too. Backgrounds are learned most easily. Without the object's name a small model draws
 # in-between shapes.
-CAPTION_NOISE = {"count": 0.4, "color": 0.4, "background": 0.6}
+CAPTION_NOISE = {"count": 0.55, "color": 0.4, "background": 0.65}
 
 
 def knows(texts: Sequence[str]) -> bool:
