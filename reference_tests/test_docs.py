@@ -229,7 +229,7 @@ RUN_BY = {  # how a command begins (the longest such counts): the test or script
     "pip install -e": ".ci/run::pip install --quiet -e",
     "pytest": ".ci/run::pytest -q",
     "pytest bench/": "",
-    "python -m minialign.finetune": "test_main_job.py::test_the_default_run_raises_alignment_by_15_points",
+    "python -m minialign.finetune": "test_main_job.py::test_the_default_run_raises_alignment_by_20_points",
     "python -m minialign.finetune --model": "test_finetune.py::test_own_images_go_through_the_same_code",
     "python -m minialign.generate": "test_generate.py::test_images_and_store_belong_together",
     "python -m minialign.label": (

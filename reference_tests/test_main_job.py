@@ -25,16 +25,18 @@ def judged(run) -> dict[str, dict]:
     return json.loads((run / "results.json").read_text())["evaluation"]["judged"]["simulated annotator"]
 
 
-@pytest.mark.parametrize("name", ["overall", "seen", "new combinations", "new objects"])
-def test_the_default_run_raises_alignment_by_15_points(run, name):
+@pytest.mark.parametrize(
+    "name, least", [("overall", 0.2), ("seen", 0.15), ("new combinations", 0.15), ("new objects", 0.15)]
+)
+def test_the_default_run_raises_alignment_by_20_points(run, name, least):
     found = judged(run)["fine-tuned"][name]
-    assert found["gain"] >= 0.15 and found["gain_ci95"][0] > 0
+    assert found["gain"] >= least and found["gain_ci95"][0] > 0
     assert found["gain"] == pytest.approx(found["value"] - judged(run)["base"][name]["value"])
 
 
 def test_the_default_run_starts_from_readable_images_and_reports(run):
     results, found = json.loads((run / "results.json").read_text()), judged(run)
-    assert 0.30 <= found["base"]["overall"]["value"] <= 0.55
+    assert 0.35 <= found["base"]["overall"]["value"] <= 0.55
     assert results["counts"]["evaluated"] >= 400
     assert min(results["evaluation"]["readable"].values()) > 0.83
     report = (run / "report.html").read_text().replace("\N{NO-BREAK SPACE}%", "%")
@@ -44,7 +46,7 @@ def test_the_default_run_starts_from_readable_images_and_reports(run):
 def test_fidelity_and_the_reward_are_measured_as_the_documents_say(run):
     """The images are near drawings of what they show; the reward model judges prompts that it has not seen."""
     results = json.loads((run / "results.json").read_text())
-    assert max(results["evaluation"]["frechet"].values()) < 0.25
+    assert max(results["evaluation"]["frechet"].values()) < 0.2
     assert results["reward"]["measured"]["auxiliary"]["new prompts"]["auc"] > 0.9
 
 
